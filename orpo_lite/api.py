@@ -1,4 +1,7 @@
-"""Train, verify and generate, for notebooks and the command line: tasks of several packages."""
+"""Train, verify, generate and chat: the tasks of notebooks and the command line.
+
+They use several packages.
+"""
 
 import math
 import time
@@ -66,24 +69,25 @@ from orpo_lite.updates import (
 NO_CARD = "the model card (README.md) is not written"
 NO_REPORT = "the report (report.html) is not written"
 REPORT_SHARE = 0.02
-"""Most time for reports during a training, as a share of the time since the last one."""
+"""A report is written during a training if the last report took less than this share of the time
+since then."""
 FIRST_REPORT = 5.0
-"""Seconds that a first report may take: it loads matplotlib."""
+"""Assumed seconds for the first report, which also loads matplotlib."""
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
-    """Train as ``recipe`` says, and write the run folder: adapter, metrics, samples, model card.
+    """Train with a recipe, and write the run folder: adapter, metrics, samples, model card.
 
-    Merge and push are functions of their own.
+    It does not merge or push the adapter. Other functions do that.
 
     Args:
-        recipe: the recipe; ``training.output_dir`` is the run folder.
-        resume: continue the run in that folder. Values that ``recipe`` leaves at their defaults are
-            the run's own; others are changes, which are recorded or refused.
+        recipe: the recipe. ``training.output_dir`` is the run folder.
+        resume: continue the run in that folder. If ``recipe`` has a default value, the run's own
+            value is used. Any other value is a change of the run, which is recorded or refused.
 
     Raises:
-        OrpoLiteError: an error that the person can fix. It is raised before the weights are loaded
-            if it can be known by then.
+        OrpoLiteError: an error that the person can fix. Most errors are found before the weights
+            are loaded.
     """
     return run_to_end(train_events(recipe, resume=resume), lambda _: None)
 
@@ -150,7 +154,10 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
 def _prepare_recipe(
     recipe: Recipe, processes: Processes, *, resume: bool
 ) -> Generator[Update, None, Recipe]:
-    """Check the recipe, make the built-in base, and return the recipe with absolute paths."""
+    """Check the recipe, train the built-in base, and return the recipe with absolute paths.
+
+    The base is trained only if the recipe names it and it does not exist yet.
+    """
     if not resume:
         processes.on_main(refuse_existing, recipe)
     check_trackers(recipe)
@@ -170,14 +177,14 @@ class _ResumedRun:
     """The changes of a run that is resumed."""
 
     recipe: Recipe
-    """The recipe as recipe.yaml holds it: no name or path in it is resolved."""
+    """The recipe as in recipe.yaml: its names and paths are not resolved."""
     changed: Mapping[str, Any]
-    """The values that are changed, by ``section.key``."""
+    """``section.key`` -> the new value of a setting that is changed."""
     lock: Mapping[str, Any]
     """The new content of lock.json."""
 
     def record(self, session: Session, step: int) -> Generator[Update, None, None]:
-        """Record the changes after ``step`` in the run folder, and yield a note on each."""
+        """Record in the run folder that the settings changed after ``step``; yield notes."""
         path, before = session.path, read_lock(session.path)
         in_force, versions = values_in_force(path, before), other_versions(path, before, self.lock)
         session.processes.wait()
@@ -189,17 +196,19 @@ class _ResumedRun:
         if self.changed and step < session.steps:
             rate = session.learning_rate(step)
             yield Update(
-                "note", f"step {step + 1} of {session.steps} has the learning rate {rate:.3g}"
+                "note", f"the learning rate of step {step + 1} of {session.steps} is {rate:.3g}"
             )
         for key, (old, new) in versions.items():
             name = key.removeprefix("versions.")
             yield Update(
-                "note", f"{name} is {new}, and was {old}: results may differ in the last bits"
+                "note",
+                f"the version of {name} is now {new}, and was {old} before: "
+                "results may differ in the last bits",
             )
         dtype = before.get("dtype", self.lock["dtype"])
         if dtype != self.lock["dtype"]:
-            now = f"the base is loaded in {self.lock['dtype']}, and was in {dtype}"
-            yield Update("note", f"{now}: its 4-bit weights differ from here on")
+            now = f"the base is now loaded in {self.lock['dtype']}, and was in {dtype} before"
+            yield Update("note", f"{now}: its 4-bit weights differ in the steps that follow")
 
 
 def _train(
@@ -210,10 +219,10 @@ def _train(
     stop: list[int],
     resumed: _ResumedRun | None,
 ) -> Generator[Update, None, TrainResult]:
-    """Load, train, keep the best adapter; then answer prompts and write the model card.
+    """Load the model, train, keep the best adapter, answer prompts, and write the model card.
 
-    Prompts and model card are tried before the training, so that their errors show early. Such an
-    error does not end the training.
+    Before the training, the prompts are prepared and the model card is made without writing it, so
+    that errors are reported early. Such an error does not end the training.
     """
     began = time.monotonic()
     prompts = (yield from find_prompts(recipe, inputs)) if processes.is_main else []
@@ -222,7 +231,7 @@ def _train(
         write_adapter_config(path / "adapter", session.pair_model, inputs.base.name)
     state = TrainState()
     if resumed:
-        # It also cuts metrics.jsonl, which the model card below reads.
+        # This also cuts metrics.jsonl, which the model card below reads.
         state = yield from restore_session(session, resumed.changed)
         yield from resumed.record(session, state.step)
     if processes.is_main:
@@ -235,7 +244,8 @@ def _train(
     try:
         yield from trackers.start(state, resumed=resumed is not None)
         yield from answers.answer(0)
-        if state.step and state.step == state.evaluated_step:  # interrupted while it was answered
+        if state.step and state.step == state.evaluated_step:
+            # The run may have been interrupted while the prompts of this step were answered.
             yield from answers.answer(state.step)
         updates = answers.follow(train_steps(session, state, saved=resumed is not None))
         updates = trackers.follow(updates)
@@ -270,18 +280,25 @@ def _train(
 def _judge(
     recipe: Recipe, inputs: Inputs, path: Path, kept: int
 ) -> Generator[Update, None, dict[str, Any] | None]:
-    """Return the content of verdict.json, None without held-out pairs. An error is noted."""
+    """Judge the training, and return the content of verdict.json.
+
+    Return None if there are no held-out pairs, or after an error, for which a note is yielded.
+    """
     if not inputs.test:
         return None
     try:
         return judge_training(recipe, inputs.test, path, kept).to_json()
-    except Exception as error:  # the adapter is saved, and must not be lost for it
+    except Exception as error:  # the training must finish, because the adapter is good
         yield failure("the training is not judged", error)
         return None
 
 
 def _with_reports(updates: Iterable[Update], path: Path) -> Iterator[Update]:
-    """Pass on the updates of a training; write its report after evaluations if that is quick."""
+    """Yield the updates of a training, and write its report after an evaluation if that is quick.
+
+    It is expected to be quick if the last report took less than :data:`REPORT_SHARE` of the time
+    since then.
+    """
     last, took = time.monotonic(), FIRST_REPORT
     for update in updates:
         yield update
@@ -290,13 +307,14 @@ def _with_reports(updates: Iterable[Update], path: Path) -> Iterator[Update]:
             failures = [*attempt(NO_REPORT, report, path)]
             yield from failures
             last = time.monotonic()
-            took = math.inf if failures else last - began  # it is tried again at the end
+            # After a failure, the report is tried again only at the end.
+            took = math.inf if failures else last - began
 
 
 def verify(
     run_folder: str | Path, *, weights: Weights = "original", base_path: str | Path | None = None
 ) -> Verdict:
-    """Compare a merged model with its base and adapter, and write the model card again.
+    """Compare a merged model with the base plus the adapter, and update the model card.
 
     For arguments and errors see :func:`orpo_lite.evaluation.verify.compare_merged`.
     """
@@ -322,20 +340,20 @@ def verify_export_events(
     weights: Weights = "original",
     base_path: str | Path | None = None,
 ) -> Generator[Update, None, tuple[Kept, int]]:
-    """Score a run's held-out pairs by an exported GGUF file, and return what it keeps of the gain.
+    """Compute the share of the trained adapter's gain that an exported GGUF file keeps.
 
-    Yields its progress; returns the share and the number of pairs. Writes ``kept.json`` next to the
-    file.
+    It scores held-out pairs of the run with llama.cpp, and writes ``kept.json`` next to the file.
+    It yields its progress, and returns the share and the number of pairs.
 
     Args:
-        run_folder: a finished run.
-        folder: the export in it, with one GGUF file.
-        weights: the merge that was exported.
-        base_path: where the base is now, if it is a folder that was moved.
+        run_folder: the folder of a finished run.
+        folder: the folder of the export, with one GGUF file.
+        weights: which merged model of the run was exported.
+        base_path: where the base is now, if its folder was moved.
 
     Raises:
         FitError: llama-cpp-python is not installed.
-        OrpoLiteError: base, merged model or data can no longer be read.
+        OrpoLiteError: the base, the merged model or the data can no longer be read.
     """
     path = Path(run_folder).expanduser()
     base_P, trained_gain_P = yield from read_gains(path, weights, base_path)
@@ -350,10 +368,10 @@ def verify_export_events(
 
 
 def generate(run_folder: str | Path, prompts: str | Path, **options: Any) -> Answers:
-    """Answer a file of prompts with a run, a merged folder or a model of the hub.
+    """Answer a file of prompts with a run, a merged folder or a hub model.
 
-    For arguments and errors see :func:`orpo_lite.evaluation.answers.prepare_answers`. A call that
-    was interrupted and is repeated goes on where it was.
+    For ``options`` and errors see :func:`orpo_lite.evaluation.answers.prepare_answers`. If a call
+    is interrupted, the same call continues after the answers that it has already.
     """
     return run_to_end(generate_events(run_folder, prompts, **options), lambda _: None)
 
@@ -377,7 +395,10 @@ def chat_events(
     system: str = "",
     base_path: str | Path | None = None,
 ) -> Generator[Update, None, Chat]:
-    """Load a run, a merged folder or a model of the hub for a conversation."""
+    """Load a run, a merged folder or a hub model, and return a conversation with it.
+
+    For ``decoding``, ``compare`` and ``system`` see :class:`orpo_lite.evaluation.chat.Chat`.
+    """
     found = find_model(run_folder, base_path=base_path, command="chat")
     yield Update("note", describe_device(found.device, "answering"))
     yield Update("stage", f"loading {found.name}")

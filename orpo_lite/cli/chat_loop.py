@@ -1,4 +1,4 @@
-"""Read the lines of a user, print the answers, and obey the commands of a chat."""
+"""Read the user's lines in a chat, print the answers, and run the chat's commands."""
 
 import sys
 from collections.abc import Iterator
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 COMMANDS = """/reset        forget all turns
 /system TEXT  set the system text, and forget all turns
 /save FILE    write the conversation as JSON
-/quit         end (also Ctrl-D); Ctrl-C stops an answer"""
+/quit         end the chat, as Ctrl-D does
+Ctrl-C        stop an answer"""
 
 
 def converse(conversation: "Chat") -> None:
-    """Answer the lines of the user, one after the other, until they end the chat."""
+    """Answer the user's lines one after the other, until the user ends the chat."""
     for line in _lines():
         if not line.startswith("/"):
             _answer(conversation, line)
@@ -28,18 +29,18 @@ def converse(conversation: "Chat") -> None:
 
 
 def is_terminal() -> bool:
-    """Return whether a person reads and writes."""
+    """Return True if both input and output are a terminal."""
     return sys.stdin.isatty() and out.is_terminal
 
 
 def _lines() -> Iterator[str]:
-    """Yield the lines of the user, without empty ones."""
+    """Yield the user's lines that are not empty."""
     if not is_terminal():
         yield from filter(None, (line.strip() for line in sys.stdin))
         return
     with suppress(ImportError):
-        import readline  # noqa: F401 - input() edits lines with it
-    out.print("/help lists the commands; Ctrl-C stops an answer; Ctrl-D ends")
+        import readline  # noqa: F401 - with it, input() has line editing
+    out.print("/help lists the commands; Ctrl-C stops an answer; Ctrl-D ends the chat")
     while True:
         try:
             line = input("\n> ").strip()
@@ -47,19 +48,19 @@ def _lines() -> Iterator[str]:
             out.print()
             return
         except KeyboardInterrupt:
-            out.print("\nCtrl-D ends")
+            out.print("\nCtrl-D ends the chat")
             continue
         if line:
             yield line
 
 
 def _answer(conversation: "Chat", line: str) -> None:
-    """Print the answer of each speaker as it comes. Ctrl-C stops one answer."""
+    """Print each speaker's answer while it is generated. Ctrl-C stops one answer."""
     for speaker in conversation.speakers:
         try:
             ids, dropped = conversation.prompt(speaker, line)
             if dropped:
-                err.print(f"the {dropped} oldest turns are dropped: there is no room for more")
+                err.print(f"the {dropped} oldest turns are removed, because the context is full")
             if len(conversation.speakers) > 1:
                 out.out(f"{speaker.name}: ", end="", highlight=False)
             with closing(conversation.answer(speaker, line, ids)) as pieces:
@@ -74,7 +75,7 @@ def _answer(conversation: "Chat", line: str) -> None:
 
 
 def _obey(conversation: "Chat", command: str, text: str) -> bool:
-    """Do what a command says; return False for the one that ends."""
+    """Run a command of the chat. Return False if it ends the chat."""
     text = text.strip()
     if command == "reset":
         conversation.reset()

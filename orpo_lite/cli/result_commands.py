@@ -21,13 +21,13 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="The folder of a finished run, a merged folder, or a hub name.",
+        help="The folder of a finished run, a merged folder, or the name of a hub model.",
         autocompletion=complete_run,
     ),
 ]
 BasePath = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Where the base is now, if it was moved."),
+    typer.Option(metavar="FOLDER", help="The folder of the base, if it was moved."),
 ]
 
 
@@ -37,21 +37,21 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="RUN... [data.KEY=VALUE]...",
-            help="Runs; also merged folders and hub names. data.dataset_name=PAIRS scores other "
-            "pairs than those that the first run held out.",
+            help="Folders of runs, merged folders or hub names. By default they are scored on the "
+            "pairs that the first run held out; data.dataset_name=PAIRS chooses other pairs.",
             autocompletion=complete_run_or_key,
         ),
     ],
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="RUN|base", help="What to compare with; by default the base of each run."
+            metavar="RUN|base", help="The model to compare with. Default: the base of each run."
         ),
     ] = None,
     as_json: AsJson = False,
     base_path: BasePath = None,
 ) -> None:
-    """Say whether a run got better than its base: on held-out pairs, with 95% intervals."""
+    """Tell whether a run is better than its base, on held-out pairs, with 95% intervals."""
     data = [word for word in models if word.startswith("data.") and "=" in word]
     names = [word for word in models if word not in data]
     with quiet():
@@ -71,29 +71,44 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="Folders of runs, also of one that is going on.",
+            help="Folders of runs. A run may still be training.",
             autocompletion=complete_run,
         ),
     ],
     to: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="RUN/report.html by default; of several ./report.html."),
+        typer.Option(
+            metavar="FILE",
+            help="The file to write. Default: RUN/report.html; for several runs ./report.html.",
+        ),
     ] = None,
     live: Annotated[
-        bool, typer.Option("--live", help="Serve it on 127.0.0.1, and follow the run.")
+        bool,
+        typer.Option(
+            "--live", help="Serve the report on 127.0.0.1 and update it during the training."
+        ),
     ] = False,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Of --live; a free one by default.")
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="The port for --live. Default: 8790, or else a free port."
+        ),
     ] = None,
 ) -> None:
     """Write one HTML file that shows what a training did: verdict, curves, data, answers."""
     if port is not None and not live:
         raise RecipeError(
-            where="--port", found="without --live", expected="--live --port", fix="add --live"
+            where="--port",
+            found="given without --live",
+            expected="--port together with --live",
+            fix="add --live",
         )
     if to is not None and live:
         raise RecipeError(
-            where="--to", found="with --live", expected="one of the two", fix="leave --live out"
+            where="--to",
+            found="given together with --live",
+            expected="either --to or --live",
+            fix="remove --live",
         )
     hush()
     if live:
@@ -102,7 +117,7 @@ def report(
         try:
             draw(live_events(runs, port=port), plain=True)
         except KeyboardInterrupt:
-            err.print("stopped; the run itself goes on")
+            err.print("the report is no longer served; the run is not affected")
         return
     from orpo_lite.evaluation.report import report as write_report
 
@@ -110,7 +125,7 @@ def report(
 
 
 def _print_result(result: "ReportResult") -> None:
-    """Print the verdicts, and where the report is."""
+    """Print the verdicts, and the path of the report."""
     for run, findings in result.health.items():
         prefix = f"{run}: " if len(result.health) > 1 else ""
         for text in result.verdicts[run]:
@@ -129,27 +144,33 @@ def _print_result(result: "ReportResult") -> None:
 def generate(
     run: Model,
     prompts: Annotated[
-        Path, typer.Option(metavar="FILE", help="Rows with a prompt each: jsonl, json or csv.")
+        Path,
+        typer.Option(metavar="FILE", help="A jsonl, json or csv file with a prompt in each row."),
     ],
     grader: Annotated[
         Literal["alpaca_eval", "mt_bench", "ifeval", "jsonl"],
-        typer.Option("--for", help="Whose prompts they are, and who reads the answers."),
+        typer.Option("--for", help="The grader whose format the prompts and answers have."),
     ] = "jsonl",
     to: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="In RUN/answers by default.")
+        Path | None,
+        typer.Option(metavar="FILE", help="The file to write. Default: a file in RUN/answers."),
     ] = None,
     adapter: Annotated[
         Literal["on", "off"], typer.Option(help="off: the base of the run answers.")
     ] = "on",
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Most tokens of an answer; as usual there.")
+        int | None,
+        typer.Option(
+            metavar="N", help="Most tokens of an answer. Default: the limit of the format."
+        ),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(metavar="T", help="0 is greedy; as usual there by default.")
+        float | None,
+        typer.Option(metavar="T", help="0 is greedy. Default: the temperature of the format."),
     ] = None,
     base_path: BasePath = None,
 ) -> None:
-    """Answer a file of prompts in batches. If it is stopped, the same command goes on."""
+    """Answer a file of prompts in batches. If it is stopped, run it again to continue."""
     with quiet():
         from orpo_lite.api import generate_events
 
@@ -167,7 +188,7 @@ def generate(
                 )
             )
         except KeyboardInterrupt:
-            err.print("stopped; the same command goes on where it was")
+            err.print("stopped; run the same command again to continue")
             raise typer.Exit(STOPPED) from None
     speed = f", {result.tokens / result.seconds:,.0f} tokens/s" if result.tokens else ""
     out.print(f"{result.prompts:,} prompts answered{speed}: {result.file}")
@@ -177,7 +198,7 @@ def generate(
 def chat(
     run: Model,
     compare: Annotated[
-        bool, typer.Option("--compare", help="The base answers too, before the tuned model.")
+        bool, typer.Option("--compare", help="The base answers too, before the trained model.")
     ] = False,
     system: Annotated[str, typer.Option(metavar="TEXT", help="The system text.")] = "",
     temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.7,
@@ -186,7 +207,7 @@ def chat(
     ] = 512,
     base_path: BasePath = None,
 ) -> None:
-    """Talk with a run. Piped lines are answered one by one, without a terminal."""
+    """Chat with a run. Without a terminal, each line of the input is answered in turn."""
     with quiet():
         from orpo_lite.api import chat_events
         from orpo_lite.evaluation.answers import check_decoding

@@ -1,4 +1,4 @@
-"""Evaluate a trained model. Metrics on held-out pairs are computed in ``model/held_out.py``.
+"""Evaluate a trained model. ``model/held_out.py`` computes the metrics on held-out pairs.
 
 Order: intervals, gain, compare, judge, score, open_run, evaluate, samples, verify, answers, chat,
 health, run_record, charts, report_texts, report, live.

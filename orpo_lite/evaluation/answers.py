@@ -1,4 +1,7 @@
-"""Answer a file of prompts, in the format that a grader reads. A stopped command goes on later."""
+"""Answer a file of prompts, and write the answers in the format that a grader reads.
+
+If the command is stopped, the same command continues after the answers that it has already.
+"""
 
 import hashlib
 import json
@@ -26,22 +29,24 @@ MT_BENCH_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humaniti
 
 @dataclass(frozen=True)
 class Question:
-    """A row of the prompts: what comes before the first turn, and the user's turns."""
+    """One row of the prompts file: the user's turns, and the messages before the first turn."""
 
     row: Mapping[str, Any]
     before: tuple[Message, ...]
     turns: tuple[str, ...]
-    """The second one sees the answer to the first."""
+    """The model sees its answer to the first turn when it answers the second turn."""
 
 
 @dataclass(frozen=True)
 class GraderFormat:
-    """How a grader's prompts are read, answered and written."""
+    """How the prompts of a grader are read and answered."""
 
     read: Callable[[Mapping[str, Any]], Question | None]
-    """Returns None for a row of another form."""
+    """Return the question of a row, or None if the row has another form."""
     expected: str
+    """The form of a row, for error messages."""
     suffix: str
+    """The suffix of the file of answers."""
     max_new_tokens: int
     temperature: Callable[[Question], float]
 
@@ -90,19 +95,21 @@ FORMATS = {
     "ifeval": GraderFormat(_text_at("prompt"), '"prompt": a text', ".jsonl", 1280, lambda _: 0.0),
     "jsonl": GraderFormat(
         _read_prompt,
-        '"prompt": a text, or messages that end with one of the user',
+        '"prompt": a text, or a list of messages that ends with a user message',
         ".jsonl",
         512,
         lambda _: 0.0,
     ),
 }
-"""AlpacaEval, MT-Bench of FastChat, IFEval, and plain prompts; limits and temperatures as their
-authors use them (AlpacaEval leaves both to the model's author)."""
+"""The formats of AlpacaEval, of FastChat's MT-Bench, of IFEval, and of plain prompts.
+
+The token limits and temperatures are those that the authors of the graders use. AlpacaEval leaves
+both to the author of the model."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts to be answered by a model, checked; no weights are loaded."""
+    """Checked prompts, and the model that answers them. Its weights are not loaded yet."""
 
     found: FoundModel
     grader: str
@@ -111,24 +118,24 @@ class Task:
     adapter: bool
     max_new_tokens: int
     temperature: float | None
-    """None: the one of the format."""
+    """The temperature of all answers. None: the temperature of the grader's format."""
     key: Mapping[str, Any]
-    """What the answers depend on: those of a stopped command are kept if it is the same."""
+    """What the answers depend on. Answers of a stopped command are kept if their key is equal."""
 
     @property
     def model_name(self) -> str:
-        """The name of the model in the answers."""
+        """The model's name in the answers. It ends with ``-base`` if the base of a run answers."""
         path = Path(self.found.name)
         name = path.resolve().name if path.is_dir() else self.found.name
         return name if self.adapter or not self.found.adapter else f"{name}-base"
 
     @property
     def progress(self) -> Path:
-        """The file of the answers so far; it is removed at the end."""
+        """The hidden file with the answers so far. It is removed at the end."""
         return self.to.with_name(f".{self.to.name}.progress")
 
     def temperature_of(self, question: Question) -> float:
-        """Return the temperature of the answers to a question."""
+        """Return the temperature for the answers to a question."""
         if self.temperature is not None:
             return self.temperature
         return FORMATS[self.grader].temperature(question)
@@ -141,9 +148,9 @@ class Answers:
     file: Path
     prompts: int
     tokens: int
-    """Of the answers that were made now, not by a command that was stopped."""
+    """Tokens of the answers of this call. Answers of an earlier, stopped call are not counted."""
     seconds: float
-    """Of the answering alone."""
+    """Time to answer, without the time to load the model."""
 
 
 def prepare_answers(
@@ -157,22 +164,25 @@ def prepare_answers(
     temperature: float | None = None,
     base_path: str | Path | None = None,
 ) -> Task:
-    """Read the prompts and find the model, before any weights are loaded.
+    """Read the prompts and find the model. No weights are loaded.
 
     Args:
-        name: as for :func:`orpo_lite.evaluation.open_run.find_model`.
-        prompts: a file of rows: the grader's own, or with ``prompt`` for ``grader="jsonl"``.
+        name: the model, as for :func:`orpo_lite.evaluation.open_run.find_model`.
+        prompts: the file of prompts. Its rows have the form that the grader publishes. For
+            ``grader="jsonl"`` each row has a ``prompt``.
         grader: a key of :data:`FORMATS`.
-        to: the file to write; None: in ``RUN/answers``.
-        adapter: False lets the base of a run answer.
-        max_new_tokens: most tokens of an answer; None: as the format has it.
-        temperature: 0 is greedy; None: as the format has it.
-        base_path: where the base of the run is now, if it is a folder that was moved.
+        to: the file to write. None: a file in ``RUN/answers``.
+        adapter: False: the base of the run answers, without the adapter.
+        max_new_tokens: most tokens of an answer. None: the limit of the grader's format.
+        temperature: 0 is greedy. None: the temperature of the grader's format.
+        base_path: where the base of the run is now, if its folder was moved.
 
     Raises:
-        RecipeError: an unknown format, a value out of range, or ``to`` is needed or exists.
+        RecipeError: the format is unknown; a value is out of range; ``to`` exists already, or is
+            missing for a model that is not a run.
         DataError: the prompts cannot be read, or have another form.
-        OrpoLiteError: as :func:`orpo_lite.evaluation.open_run.find_model`.
+        OrpoLiteError: the model cannot be found; see
+            :func:`orpo_lite.evaluation.open_run.find_model`.
     """
     if grader not in FORMATS:
         raise RecipeError(
@@ -189,7 +199,7 @@ def prepare_answers(
         raise RecipeError(
             where="--to",
             found=f"not given, and {found.name} is not a run",
-            expected="the file to write",
+            expected="the name of the file to write",
             fix=f"--to answers{kind.suffix}",
         )
     base = "" if adapter or not found.adapter else "-base"
@@ -213,30 +223,33 @@ def prepare_answers(
     if target.exists() and not task.progress.exists():
         raise RecipeError(
             where=f"--to {target}",
-            found="exists",
-            expected="a new file",
+            found="exists already",
+            expected="the name of a new file",
             fix=f"--to {target.with_name(f'{target.stem}-2{target.suffix}')}, or remove it",
         )
     return task
 
 
 def check_decoding(max_new_tokens: int | None, temperature: float | None) -> None:
-    """Raise :class:`RecipeError` for a length or a temperature out of range."""
+    """Raise :class:`RecipeError` if ``max_new_tokens`` or ``temperature`` is out of range."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise RecipeError(
-            where="--max-new-tokens", found=f"{max_new_tokens}", expected="1 or more", fix="512"
+            where="--max-new-tokens",
+            found=f"{max_new_tokens}",
+            expected="1 or more",
+            fix="--max-new-tokens 512",
         )
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise RecipeError(
             where="--temperature",
             found=f"{temperature}",
-            expected="0, which is greedy, or more",
+            expected="a number from 0 on (0 is greedy)",
             fix="--temperature 0.7",
         )
 
 
 def read_questions(path: Path, grader: str) -> list[Question]:
-    """Return the questions of a file. Raises :class:`DataError` with every wrong row."""
+    """Return the questions of a file. Raise :class:`DataError` that names every wrong row."""
     if not path.is_file():
         raise DataError(where=f"--prompts {path}", found="no such file", expected="a file of rows")
     faults: list[DataError] = []
@@ -266,12 +279,13 @@ def _likely(row: Mapping[str, Any]) -> str:
 
 
 def write_answers(task: Task) -> Generator[Update, None, Answers]:
-    """Answer the prompts of a task and write the file, atomically at the end.
+    """Answer the prompts of a task, and at the end write the file of answers atomically.
 
-    The answers so far are in a hidden file next to it: a command that is stopped at any point and
-    repeated goes on, and gives the same file. A sampled answer depends on :data:`SEED` and on its
-    prompt. A prompt that the template cannot render, or that is too long for the model, has an
-    empty answer, because a grader expects one of each; a note says so.
+    During the task the answers so far are in a hidden file in the same folder. If the command is
+    stopped at any point, the same command continues from there and gives the same file. A sampled
+    answer depends on :data:`SEED` and on its own prompt. If the template cannot render a prompt, or
+    the prompt is too long for the model, the answer is empty, because a grader expects an answer to
+    each prompt. A note tells how many answers are empty.
     """
     progress = _Progress(task)
     total = sum(len(question.turns) for question in task.questions)
@@ -306,7 +320,7 @@ def write_answers(task: Task) -> Generator[Update, None, Answers]:
 
 
 def _groups(task: Task) -> Iterator[tuple[int, float, list[int]]]:
-    """Yield (turn, temperature, rows): what can be answered in one go, always in this order."""
+    """Yield (turn, temperature, rows): questions to answer together, always in the same order."""
     for turn in range(max(len(question.turns) for question in task.questions)):
         by_temperature: dict[float, list[int]] = {}
         for row, question in enumerate(task.questions):
@@ -319,7 +333,11 @@ def _groups(task: Task) -> Iterator[tuple[int, float, list[int]]]:
 def _with_room(
     found: Sequence[list[int] | str], answerer: Answerer
 ) -> tuple[list[list[int]], Counter[str]]:
-    """Return the prompts, [] for those that cannot be answered, and how many of them for what."""
+    """Return the prompts, and the number of unanswerable prompts by reason.
+
+    An item of ``found`` is a prompt's tokens, or the reason why it cannot be answered. A prompt
+    that cannot be answered is returned as [].
+    """
     reasons = Counter(item for item in found if isinstance(item, str))
     prompts = [[] if isinstance(item, str) else item for item in found]
     for index, ids in enumerate(prompts):
@@ -338,7 +356,7 @@ class _Progress:
         self.texts: dict[tuple[int, int], str] = {}
         """(row, turn) -> answer."""
         lines = self.file.read_text("utf-8").split("\n") if self.file.is_file() else []
-        whole = lines[:-1]  # the last line has no end if the process was killed while it wrote
+        whole = lines[:-1]  # a process that was killed may have written only part of the last line
         head = json.loads(whole[0]) if whole else {}
         if head.get("key") == task.key:
             self.began = head["began"]
@@ -348,7 +366,7 @@ class _Progress:
         self.is_written = False
 
     def conversation(self, row: int, turn: int) -> list[Message]:
-        """Return the messages of a question up to a turn, with the answers between."""
+        """Return the messages of a question up to ``turn``, with the answers to earlier turns."""
         question = self.task.questions[row]
         messages = [*question.before]
         for number, text in enumerate(question.turns[: turn + 1]):
@@ -358,10 +376,10 @@ class _Progress:
         return messages
 
     def add(self, turn: int, texts: Mapping[int, str]) -> None:
-        """Add the answers of one batch, in one line."""
+        """Add the answers of one batch, and write them to the hidden file as one line."""
         self.texts |= {(row, turn): text for row, text in texts.items()}
         with explain_write_errors(self.file, self.file):
-            if not self.is_written:  # what was read is written anew, without a line that broke off
+            if not self.is_written:  # write the file again, without an incomplete last line
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 head = {"key": self.task.key, "began": self.began}
                 write_text(self.file, json.dumps(head) + "\n" + self._lines())
@@ -377,7 +395,7 @@ class _Progress:
 
 
 def _formatted(task: Task, progress: _Progress) -> str:
-    """Return the content of the file."""
+    """Return the content of the file of answers."""
     rows = []
     for number, question in enumerate(task.questions):
         texts = [progress.texts[number, turn] for turn in range(len(question.turns))]

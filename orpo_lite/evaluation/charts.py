@@ -1,7 +1,7 @@
-"""Draw the curves of a run as inline SVG, by matplotlib.
+"""Draw the curves of a run as inline SVG with matplotlib.
 
-Colours are variables of the page's style sheet, so that one picture serves light and dark pages.
-Lines differ by dashes and markers too, so they can be distinguished without colour.
+Colours are variables of the page's style sheet, so the same picture works on light and dark pages.
+Lines also differ in dashes and markers, so people can distinguish them without colour.
 """
 
 import io
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-WIDTH, HEIGHT = 400, 236  # units of the picture, about a pixel each; the page scales it
-DRAWN = 240  # parts of a line of which minimum and maximum are drawn
+WIDTH, HEIGHT = 400, 236  # in SVG units, about one pixel each; the page scales the picture
+DRAWN = 240  # a long line is split into this many parts, and each part's extremes are drawn
 TABLE_ROWS = 9
-SMOOTHED_FROM = 20  # steps
+SMOOTHED_FROM = 20  # steps; a shorter line is not smoothed
 STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (7, 2, 1.5, 2)))
 MARKERS = ("o", "s", "^", "D")
 COLOURS = 4
-# Stand-ins for variables of the style sheet: matplotlib writes a colour, which is then replaced.
+# matplotlib writes these colours; then each is replaced by a variable of the style sheet.
 VARIABLES = {f"#00000{number}": f"var(--line-{number})" for number in range(1, COLOURS + 1)}
 VARIABLES |= {"#000008": "var(--grid)", "#000009": "var(--muted)", "#00000a": "var(--card)"}
 GRID, MUTED, CARD = "#000008", "#000009", "#00000a"
@@ -39,17 +39,17 @@ class Line:
     values: Sequence[float]
     """NaN where a value is missing or not finite."""
     colour: int
-    """From 0; beyond the last colour it starts again."""
+    """Index of the colour, from 0. After the last colour the first one is used again."""
     style: int
-    """From 0, of dashes and markers."""
+    """Index of the dashes and the marker, from 0."""
     held_out: bool = False
-    """Measured at few steps, so each of them has a marker; else a step has noise."""
+    """True: a held-out metric, drawn with markers. False: a noisy training metric, smoothed."""
     faint: bool = True
-    """Also draw each step, faintly, where the line is smoothed."""
+    """If the line is smoothed, also draw the value of each step as a faint line."""
 
     @property
     def smooth(self) -> tuple[Array, int]:
-        """The mean of the nearest steps at each step, and how many steps that are."""
+        """The moving average of the values, and its width in steps (1: not smoothed)."""
         values = np.asarray(self.values, np.float64)
         if self.held_out or len(values) < SMOOTHED_FROM:
             return values, 1
@@ -64,22 +64,22 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture of curves that share an axis."""
+    """A picture of curves with the same axes."""
 
     key: str
-    """Its identifier in the page."""
+    """The chart's identifier in the page."""
     title: str
     note: str
-    """What it shows, in a sentence."""
+    """One sentence that says what the chart shows."""
     lines: Sequence[Line]
     better: Better = ""
-    """Which values are better; "" if neither."""
+    """Whether low or high values are better. "": neither."""
     percent: bool = False
     level: tuple[str, float] | None = None
-    """A horizontal line: its label and value."""
+    """Label and value of a horizontal line."""
 
     def text(self, value: float) -> str:
-        """Return a value as text, as precise as people read it."""
+        """Return a value as text, rounded for reading: ``0.12345`` -> ``0.123``."""
         if not np.isfinite(value):
             return "–"
         if self.percent:
@@ -89,7 +89,7 @@ class Chart:
         return f"{value:.3g}".replace("-", "\u2212") if value < 0 else f"{value:.3g}"
 
     def summary(self) -> list[str]:
-        """Return for each line its first, last and best value, as a sentence."""
+        """Return one sentence for each line: its first, last and extreme values."""
         sentences = []
         for line in self.lines:
             values, width = line.smooth
@@ -112,11 +112,14 @@ class Chart:
         return sentences
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Return the header and some rows, evenly spaced, of the values that are drawn."""
+        """Return the header and the rows of a table with some of the values that are drawn.
+
+        The rows are the held-out evaluations if these are few, else evenly spaced steps.
+        """
         steps = sorted({step for line in self.lines for step in line.steps})
         picked = np.unique(np.linspace(0, len(steps) - 1, min(TABLE_ROWS, len(steps))).astype(int))
         held_out = {step for line in self.lines if line.held_out for step in line.steps}
-        if 0 < len(held_out) <= 2 * TABLE_ROWS:  # these are the rows in which all lines have values
+        if 0 < len(held_out) <= 2 * TABLE_ROWS:  # at these steps all lines have values
             shown = sorted(held_out | ({steps[0], steps[-1]} if steps else set()))
         else:
             shown = [steps[index] for index in picked]
@@ -126,7 +129,10 @@ class Chart:
 
 
 def extremes(steps: Sequence[int], values: Sequence[float] | Array) -> tuple[Array, Array]:
-    """Return a long line with fewer points: first, last, and both extremes of each part."""
+    """Return a line with fewer points: first, last, and the lowest and highest of each part.
+
+    A line of at most ``2 * DRAWN`` points is returned unchanged.
+    """
     x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
     if len(x) <= 2 * DRAWN:
         return x, y
@@ -142,7 +148,7 @@ def extremes(steps: Sequence[int], values: Sequence[float] | Array) -> tuple[Arr
 
 
 def draw(chart: Chart) -> str:
-    """Return a chart as an ``svg`` element, without a size of its own."""
+    """Return a chart as an ``svg`` element without width and height; the page sets its size."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -226,16 +232,17 @@ def _tick(value: float) -> str:
 
 
 def _inline(text: str, key: str) -> str:
-    """Return matplotlib's SVG as an element of an HTML page, with the page's colours and font."""
+    """Return matplotlib's SVG as an element for an HTML page, with the page's colours and font."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)  # equal in all pictures of a page
+    # These ids are the same in all pictures of a page, but an id must be unique in the page.
+    text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)
     text = re.sub(r"(id=\"|url\(#|href=\"#)", rf"\g<1>{key}-", text)
     text = re.sub(r"<svg[^>]*>", f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" aria-hidden="true">', text)
     text = re.sub(r"#00000[0-9a]\b", lambda found: VARIABLES.get(found[0], found[0]), text)
     text = re.sub(r" font-family: [^;]*;| transform=\"rotate\(-0 [^\"]*\"", "", text)
-    # A tenth of a pixel is enough. Texts between elements are values, and keep their digits.
+    # Round coordinates to a tenth of a pixel. Texts between elements are values and stay exact.
     places = re.compile(r"(?<= )(d|x|y|transform)=\"[^\"]*\"")
     text = places.sub(lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0]), text)
     return re.sub(r"\n\s*", "\n", text).strip()

@@ -1,4 +1,4 @@
-"""A conversation with a model, or with a base and its tuned model side by side."""
+"""Hold a conversation with a model. A base and its tuned model can both answer each turn."""
 
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
@@ -12,33 +12,33 @@ from orpo_lite.evaluation.open_run import OpenRun
 from orpo_lite.model.generate import Decoding
 from orpo_lite.runs.atomic import to_json, write_text
 
-RESERVED = 0.25  # of the model's positions at most are kept free for an answer
+RESERVED = 0.25  # at most this share of the model's positions is kept free for an answer
 
 
 @dataclass
 class Speaker:
-    """One side of a conversation: the tuned model, or its base."""
+    """A model that answers in the conversation: the tuned model, or its base."""
 
     name: str
     adapter: bool
     history: list[Message] = field(default_factory=list)
-    """The turns so far, without the system text. Each speaker has its own answers in it."""
+    """The turns so far, without the system text. The answers in it are this speaker's own."""
 
 
 class Chat(AbstractContextManager["Chat"]):
-    """Keeps the history and streams the answers. Use it as a context manager.
+    """A conversation: keeps the history and streams the answers. Use it as a context manager.
 
-    With ``compare`` base and tuned model answer each turn of the user, by one set of weights. Each
-    of them sees its own earlier answers only.
+    With ``compare``, first the base and then the tuned model answers each turn of the user. The
+    weights are loaded once. Each of the two models sees only its own earlier answers.
 
     Args:
         opened: the model.
-        compare: also let the base answer, before the tuned model.
+        compare: let the base answer too.
         system: the system text; "" for none.
-        decoding: how answers are chosen. The same conversation has the same answers.
+        decoding: how answers are chosen. The same turns always have the same answers.
 
     Raises:
-        RecipeError: ``compare`` for a model without an adapter.
+        RecipeError: ``compare`` is set, but the model has no adapter.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Chat(AbstractContextManager["Chat"]):
                 where="--compare",
                 found=f"{opened.name} has no adapter to switch off",
                 expected="the folder of a run",
-                fix="leave --compare out",
+                fix="remove --compare",
             )
         self.opened, self.decoding, self.system = opened, decoding, system
         self.tokenizer = opened.prompt_tokenizer()
@@ -67,10 +67,10 @@ class Chat(AbstractContextManager["Chat"]):
             speaker.history.clear()
 
     def prompt(self, speaker: Speaker, text: str) -> tuple[list[int], int]:
-        """Return the tokens that a turn of the user leads to, and how many old turns were dropped.
+        """Return the prompt's tokens for a turn of the user, and the number of dropped old turns.
 
-        The oldest turns, each with its answer, leave the history for good when there would be no
-        room for an answer.
+        If there is too little room for an answer, the oldest turns and their answers are removed
+        from the history.
 
         Raises:
             DataError: the template cannot render the turns, or this turn alone is too long.
@@ -96,9 +96,9 @@ class Chat(AbstractContextManager["Chat"]):
         )
 
     def answer(self, speaker: Speaker, text: str, ids: Sequence[int]) -> Generator[str, None, None]:
-        """Yield an answer piece by piece; ``ids`` are from :meth:`prompt`.
+        """Yield an answer piece by piece. ``ids`` are the tokens from :meth:`prompt`.
 
-        The part before the generator is closed or interrupted stays in the history.
+        If the generator is closed or interrupted, the part that was yielded stays in the history.
         """
         pieces = []
         try:
@@ -114,7 +114,7 @@ class Chat(AbstractContextManager["Chat"]):
             ]
 
     def save(self, file: Path) -> None:
-        """Write the conversation as JSON. Raises CheckpointError, FitError."""
+        """Write the conversation as JSON. Raise CheckpointError or FitError if that fails."""
         turns = {speaker.name: self._messages(speaker) for speaker in self.speakers}
         settings = {"model": self.opened.name, "temperature": self.decoding.temperature}
         write_text(file, to_json({**settings, "conversations": turns}))

@@ -1,11 +1,12 @@
 """Compare the scores of models on the same pairs: a table, differences, and an outcome in words.
 
-Reward accuracy decides whether a model is better. It is the only metric without a scale: every pair
-counts the same. Margin and log odds also rise if a model becomes surer of pairs that it already had
-right, and the NLL says nothing of the rejected replies. The log odds, which ORPO trains, can only
-object: if they are clearly on the other side, the outcome is "cannot tell". If only they are clear,
-the text says so. One metric decides, so two equal models are called different in 5% of the cases,
-as the interval promises.
+Reward accuracy decides whether a model is better. It is the only metric in which every pair counts
+the same. Margin and log odds also rise if a model becomes surer of pairs that it already had right,
+and the NLL ignores the rejected replies. The log odds, which ORPO trains, cannot decide. They can
+only change the outcome to "cannot tell": if their interval excludes 0 on the opposite side of the
+accuracy's interval. If the log odds exclude 0 and the accuracy does not, the text says so. Only one
+metric decides. So two equal models are called different in 5% of the cases, as a 95% interval
+promises.
 """
 
 import math
@@ -31,23 +32,24 @@ from orpo_lite.objectives.orpo import log_odds
 from orpo_lite.ops.outputs import PairLogps
 
 FEWEST_PROMPTS = 6
-"""With fewer, even if all prompts agree, a two-sided sign test does not reach 5%."""
+"""With fewer prompts, a two-sided sign test does not reach 5%, even if all prompts agree."""
 
 Outcome = Literal["better", "worse", "cannot tell"]
 LISTS = ("models", "comparisons")
 Means = dict[str, Mean]
-"""By the names of :class:`Metrics`."""
+"""Name of a field of :class:`Metrics` -> its mean."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The metrics of one model, or the differences of two, each with its 95% interval."""
+    """Metrics of one model, or their differences between two models, with 95% intervals."""
 
     accuracy: Interval
-    """Share of pairs whose chosen reply has the higher mean log-probability. A tie is no win."""
+    """Share of pairs whose chosen reply has the higher mean log-probability. A tie does not count
+    as higher."""
     margin: Interval
-    """Mean log-probability of the chosen reply minus that of the rejected one, in nats per token.
-    TRL's rewards/margins is this times beta."""
+    """Mean log-probability of the chosen reply minus the mean log-probability of the rejected
+    reply, in nats per token. TRL's rewards/margins is this value times beta."""
     log_odds: Interval
     """Log of the odds ratio of chosen to rejected, Eq. 4 and 5 of the ORPO paper."""
     nll: Interval
@@ -56,7 +58,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class ShorterChosen:
-    """The accuracy on the pairs whose chosen reply has fewer tokens than the rejected one."""
+    """A model's accuracy on the pairs whose chosen reply has fewer tokens than the rejected one."""
 
     pairs: int
     accuracy: Interval
@@ -64,18 +66,18 @@ class ShorterChosen:
 
 @dataclass(frozen=True)
 class ShorterDifference:
-    """The comparison on the pairs whose chosen reply has fewer tokens than the rejected one."""
+    """Two models compared on the pairs whose chosen reply has fewer tokens than the rejected."""
 
     pairs: int
     prompts: int
     outcome: Outcome
     accuracy: Interval
-    """The difference of the accuracies."""
+    """The difference between the two models' accuracies."""
 
 
 @dataclass(frozen=True)
 class ModelScores:
-    """One row of the table."""
+    """The metrics of one model with 95% intervals: one row of the table."""
 
     name: str
     accuracy: Interval
@@ -87,31 +89,32 @@ class ModelScores:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against another one."""
+    """The comparison of ``model`` with ``against``."""
 
     model: str
     against: str
     outcome: Outcome
     decided_by: str | None
-    """The metric that decided; None if the outcome is "cannot tell"."""
+    """The metric that decided. None if the outcome is "cannot tell"."""
     differences: Metrics
-    """Of ``model`` minus ``against``."""
+    """The metrics of ``model`` minus the metrics of ``against``."""
     shorter_chosen: ShorterDifference
     pairs_needed: int | None
-    """About how many pairs would tell, if the difference is as large as observed. None if the
-    outcome is known, or there is no difference."""
+    """About how many pairs are needed for a clear outcome, if the true difference is as large as
+    observed. None if the outcome is clear, if accuracy and log odds contradict each other, or if no
+    difference was observed."""
     text: str
     """The outcome and its reasons, in words."""
 
 
 @dataclass(frozen=True)
 class LengthRule:
-    """A rule that prefers the longer reply."""
+    """How often a rule that always prefers the longer reply is right."""
 
     accuracy: float | None
-    """Share of pairs whose chosen reply is the longer one; None without pairs."""
+    """Share of ``pairs`` whose chosen reply is the longer one. None if there are no such pairs."""
     pairs: int
-    """Pairs with replies of different length."""
+    """Number of pairs whose replies have different lengths."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Evaluation:
     pairs: int
     prompts: int
     held_out: bool
-    """No compared run was trained on a prompt of these pairs."""
+    """True if it is known that no compared run was trained on a prompt of these pairs."""
     data: str
     """The name of the dataset."""
     models: tuple[ModelScores, ...]
@@ -142,14 +145,14 @@ def compare(
     held_out: bool,
     data: str,
 ) -> Evaluation:
-    """Return the table of models and the outcome of each comparison.
+    """Return the metrics of each model, and the outcome of each comparison.
 
     Args:
         pairs: the P pairs.
-        scores: for the name of each model, its scores of the P pairs, in their order.
-        comparisons: names (model, against).
-        held_out: no compared run was trained on a prompt of these pairs.
-        data: the name of their dataset.
+        scores: name of a model -> its scores of the P pairs, in the order of ``pairs``.
+        comparisons: the names (model, against) of the models to compare.
+        held_out: True if it is known that no compared run was trained on a prompt of these pairs.
+        data: the name of the pairs' dataset.
     """
     columns = {name: pairs.column(name) for name in NUMBERS}
     chosen_P, rejected_P = (response_lengths(columns, reply) for reply in ("chosen", "rejected"))
@@ -191,10 +194,10 @@ def compare(
 
 
 def _means(scores: Sequence[PairLogps], prompts_P: Sequence[bytes]) -> list[Means]:
-    """Return the metrics of each model, all on the same resamples.
+    """Return the metrics of each model. All are computed on the same resamples.
 
-    The log odds are computed in float32 as in a training, where a log-probability of 0 has the same
-    limit.
+    The log odds are computed in float32 as in a training, so that a log-probability near 0 is
+    clamped at the same value.
     """
     numerators: list[Numbers] = []
     denominators: list[Numbers] = []
@@ -203,11 +206,11 @@ def _means(scores: Sequence[PairLogps], prompts_P: Sequence[bytes]) -> list[Mean
         chosen_P, rejected_P = one.chosen_P.numpy(), one.rejected_P.numpy()
         margin_P = chosen_P - rejected_P
         odds_P = log_odds(one.chosen_P.float(), one.rejected_P.float()).double().numpy()
-        # A pair without a score is not a lost one: the accuracy is unknown too.
+        # If the score of a pair is not finite, the accuracy is unknown too.
         won_P = np.where(np.isfinite(margin_P), chosen_P > rejected_P, np.nan)
         numerators += [won_P, margin_P, odds_P, one.nll_P.numpy()]
         ones_P, tokens_P = np.ones(len(won_P)), one.nll_tokens_P.numpy()
-        # Tokens of two tokenizers are not comparable.
+        # NLLs per token of two tokenizers are not comparable.
         denominators += [ones_P, ones_P, ones_P, tokens_P if is_same else tokens_P * np.nan]
     found = mean_over_pairs(np.stack(numerators), np.stack(denominators), prompts_P)
     names = tuple(Metrics.__annotations__)
@@ -226,7 +229,7 @@ def _intervals(means: Means) -> Metrics:
 
 @dataclass(frozen=True)
 class _Judged:
-    """Two models on the same pairs."""
+    """Two models with their metrics on the same pairs."""
 
     model: str
     against: str
@@ -249,7 +252,7 @@ class _Judged:
 
     @property
     def contradicts(self) -> bool:
-        """Whether accuracy and log odds are both clear, on different sides."""
+        """Whether the differences of accuracy and log odds are both clear and of opposite sign."""
         accuracy, odds = self.intervals.accuracy, self.intervals.log_odds
         is_clear = accuracy.excludes_zero() and odds.excludes_zero()
         return is_clear and (self.differences["accuracy"].value > 0) != (
@@ -293,9 +296,9 @@ def _verdict(judged: _Judged) -> str:
     pairs, prompts = _counted(judged.pairs, judged.kind), _counted(judged.prompts, "prompts")
     accuracy = judged.differences["accuracy"]
     if not math.isfinite(accuracy.value) or not math.isfinite(judged.differences["margin"].value):
-        return f"cannot tell: {pairs}, and some of the scores are not finite numbers."
+        return f"cannot tell: on {pairs}, some of the scores are not finite numbers."
     if not any(mean.resampled_B.any() or mean.value for mean in judged.differences.values()):
-        return f"cannot tell: {judged.model} and {judged.against} score {pairs} alike."
+        return f"cannot tell: {judged.model} and {judged.against} have equal scores on {pairs}."
     after, before = (f"{means['accuracy'].value:.1%}" for means in (judged.after, judged.before))
     change = (
         f"{judged.model} prefers the chosen reply in {after} of them, {judged.against} in {before}"
@@ -313,7 +316,7 @@ def _verdict(judged: _Judged) -> str:
 
 
 def _odds(judged: _Judged) -> str:
-    """Return what the log odds say where the accuracy cannot tell; else ""."""
+    """Return a sentence on the log odds if they are clear and the accuracy is not; else ""."""
     odds = judged.intervals.log_odds
     is_only = not judged.intervals.accuracy.excludes_zero() and odds.excludes_zero()
     if judged.prompts < FEWEST_PROMPTS or not is_only or odds.value is None:
@@ -326,7 +329,7 @@ def _odds(judged: _Judged) -> str:
 
 
 def _length(judged: _Judged, shorter: _Judged) -> str:
-    """Return a warning if the gain is one of preferring long replies; else ""."""
+    """Return a warning if the model may only prefer longer replies than before; else ""."""
     if judged.outcome != "better" or shorter.outcome != "worse":
         return ""
     pairs = f"{shorter.pairs:,} pairs whose chosen reply is the shorter one"
@@ -351,7 +354,7 @@ def _counted(count: int, nouns: str) -> str:
 
 
 def _rounded(count: int) -> str:
-    """Return a number of pairs in two digits: it is an estimate."""
+    """Return an estimated number of pairs, rounded to two digits: ``1234`` -> ``1,200 pairs``."""
     if count >= 1_000_000:
         return "a million pairs or more"
     digits = max(0, len(str(count)) - 2)

@@ -1,4 +1,4 @@
-"""Evaluate runs and models: score the same pairs by each, and compare them."""
+"""Evaluate runs and models: score the same pairs with each of them, and compare the scores."""
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,8 +37,8 @@ from orpo_lite.updates import Update, attempt, failure, run_to_end, with_torch_d
 EVAL = "eval.json"
 BASE = "base"
 DATASET = "data.dataset_name"
-OF_MODEL = ("chat_template", "chat_template_kwargs")  # not taken over from another model
-# What is no longer meant if another dataset is named.
+OF_MODEL = ("chat_template", "chat_template_kwargs")  # keys of data that each model keeps
+# Keys of data that describe one dataset. They return to their defaults if the dataset is replaced.
 OF_DATASET = (
     "dataset_config",
     "dataset_train_split",
@@ -55,23 +55,23 @@ def evaluate(
     against: str | Path | None = None,
     base_path: str | Path | None = None,
 ) -> Evaluation:
-    """Score pairs by runs or models, and compare each with its base or with another model.
+    """Score pairs with runs or models, and compare each model with its base or another model.
 
     Writes ``eval.json`` into each run.
 
     Args:
-        models: run folders, merged folders, other folders of transformers, or hub names.
-        data: ``"data.key=value"`` texts that choose other pairs. Without them the pairs are those
-            that the first run held out. If ``data.dataset_name`` names a dataset, its held-out
-            split is used if it has one, else all of its rows.
+        models: run folders, merged folders, other model folders of transformers, or hub names.
+        data: texts ``"data.key=value"`` that choose other pairs. By default the pairs are those
+            that the first run held out. If ``data.dataset_name`` is given, the pairs are the
+            held-out split of that dataset, or all of its rows if it has no such split.
         against: the model to compare with: a name as in ``models``, or ``"base"`` for the base of
-            each run. None: the base, for runs; other models are then only scored.
-        base_path: where the base of the runs is now, if it is a folder that was moved.
+            each run. None: each run is compared with its base, and other models are only scored.
+        base_path: where the base of the runs is now, if its folder was moved.
 
     Raises:
-        RecipeError: there are no pairs to score, or a key is not one of ``data``.
-        CheckpointError: a run is not finished, or its data changed; a model has no adapter to
-            switch off.
+        RecipeError: there are no pairs to score, or a text in ``data`` is not ``data.key=value``.
+        CheckpointError: a run is not finished, or its data changed; or ``against`` is ``"base"``
+            and a model has no adapter.
         FitError: the GPU has too little memory.
         OrpoLiteError: a model or the data cannot be read.
     """
@@ -91,7 +91,7 @@ def evaluate_events(
         raise RecipeError(
             where="orpo-lite eval",
             found="no model to score",
-            expected="a run folder, a merged folder or a hub name",
+            expected="the name of a run folder, of a merged folder or of a hub model",
             fix=Command("orpo-lite eval runs/demo"),
         )
     changed = _data_values(data)
@@ -123,16 +123,16 @@ def evaluate_events(
 
 
 def _data_values(texts: Sequence[str]) -> dict[str, Any]:
-    """Return the values of ``data.key=value`` texts. Raises RecipeError."""
+    """Return the values of ``data.key=value`` texts. Raise RecipeError if a text is wrong."""
     for text in texts:
         if not text.startswith("data.") or "=" not in text:
             raise RecipeError(
                 where=f"argument {text!r}",
-                found="is neither a model nor a key of data",
+                found="is not data.KEY=VALUE",
                 expected="a run folder, a merged folder, a hub name, or data.KEY=VALUE",
                 fix=Overrides({DATASET: text}) if Path(text).expanduser().is_file() else "",
             )
-    recipe = load_recipe("demo", texts)  # any recipe: it checks keys and values
+    recipe = load_recipe("demo", texts)  # any recipe will do, because it only checks the texts
     given = {key for key, source in recipe.sources.items() if source == "command line"}
     return {key: value for key, value in recipe.items() if key in given}
 
@@ -143,30 +143,33 @@ def _refuse_without_adapter(found: Iterable[FoundModel]) -> None:
             raise CheckpointError(
                 where=f"--against {BASE}",
                 found=f"{model.name} has no adapter to switch off",
-                expected="a run",
-                fix="--against MODEL, with the folder or the hub name of the base",
+                expected="the folder of a run",
+                fix="--against MODEL, where MODEL is the folder or the hub name of the base",
             )
 
 
 @dataclass(frozen=True)
 class _Pairs:
     pairs: TokenizedPairs
-    """In the tokens of one model; the same pairs in the same order for all."""
+    """The pairs in one model's tokens. All models have the same pairs in the same order."""
     recipe: Recipe
-    """Says how they are packed."""
+    """The recipe that says how the pairs are packed."""
 
 
 def _find_pairs(
     found: Mapping[str, FoundModel], changed: Mapping[str, Any]
 ) -> Generator[Update, None, tuple[dict[str, _Pairs], Recipe, bool]]:
-    """Return the pairs for each model, their recipe, and whether no run was trained on them."""
+    """Return each model's pairs, the recipe of the pairs, and whether they are held out.
+
+    They are held out if it is known that no run was trained on a prompt of them.
+    """
     first = next((model for model in found.values() if model.run), None)
     if first is None and DATASET not in changed:
         raise RecipeError(
             where=", ".join(found),
-            found="no pairs to score: a model that is no run has none",
+            found="no pairs to score: only a run has held-out pairs",
             expected="data.dataset_name=PAIRS",
-            fix="name a file, a folder or a dataset of the hub in data.dataset_name",
+            fix="add data.dataset_name=PAIRS, where PAIRS is a file, a folder or a hub dataset",
         )
     values = _chosen_data(first, changed)
     prepared: dict[str, tuple[Recipe, Inputs]] = {}
@@ -182,7 +185,7 @@ def _find_pairs(
         refuse_other_pairs(
             first.run or Path(),
             prepared[first.name][1],
-            "restore them, or name other pairs in data.dataset_name",
+            "restore the data, or choose other pairs with data.dataset_name=PAIRS",
         )
     chosen = {
         name: (recipe, inputs.test if len(inputs.test) else inputs.train)
@@ -192,9 +195,9 @@ def _find_pairs(
     if not common:
         raise CheckpointError(
             where=", ".join(found),
-            found="no pair that all of them have room for",
+            found="no pair fits into data.max_length with all of the models",
             expected="the same pairs for all models",
-            fix="name pairs in data.dataset_name, or a larger data.max_length",
+            fix="choose other pairs with data.dataset_name, or a larger data.max_length",
         )
     pairs_of = {}
     for name, (recipe, pairs) in chosen.items():
@@ -207,7 +210,10 @@ def _find_pairs(
 
 
 def _chosen_data(first: FoundModel | None, changed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe's values for the pairs to score: of the first run, with the changes."""
+    """Return the recipe values that choose the pairs to score.
+
+    They are the values of the first run, except for the keys in ``changed``.
+    """
     values: dict[str, Any] = {}
     if first:
         values = {key: value for key, value in first.recipe.items() if key.startswith("data.")}
@@ -226,7 +232,7 @@ def _chosen_data(first: FoundModel | None, changed: Mapping[str, Any]) -> dict[s
 
 
 def _quietly(task: Generator[Update, None, Inputs]) -> Generator[Update, None, Inputs]:
-    """Run a task without its notes: they are about a training."""
+    """Run a task without its notes, because its notes are about a training."""
     while True:
         try:
             update = next(task)
@@ -240,19 +246,19 @@ def _quietly(task: Generator[Update, None, Inputs]) -> Generator[Update, None, I
 def _notes(
     recipe: Recipe, inputs: Inputs, count: int, changed: Mapping[str, Any]
 ) -> Iterator[Update]:
-    """Yield which pairs are scored."""
+    """Yield notes that say which pairs are scored."""
     data = recipe.data
     if changed:
         yield from (Update("note", sentence) for sentence in inputs.figures["format"] if sentence)
     if not len(inputs.test):
-        which = "all pairs" if changed else "the run held out none, so pairs of its training"
+        which = "all pairs" if changed else "the run held out no pairs, so its training pairs"
     elif data.dataset_test_split:
-        which = f"its held-out pairs, {data.dataset_test_split}"
+        which = f"its held-out split {data.dataset_test_split}"
     else:
-        which = "those that the run held out" if not changed else "held out of them"
+        which = "the pairs that the run held out" if not changed else "a held-out part"
     dropped = sum(drop["pairs"] for drop in inputs.figures["dropped"].values())
-    left_out = f"; {dropped:,} were left out of the data" if dropped else ""
-    text = f"{count:,} pairs of {', '.join(data.names)}: {which}{left_out}"
+    left_out = f"; {dropped:,} pairs of the data were left out" if dropped else ""
+    text = f"scoring {count:,} pairs of {', '.join(data.names)}: {which}{left_out}"
     yield Update("note", text)
 
 
@@ -262,7 +268,11 @@ def _compare_prompts(
     pairs_of: Mapping[str, _Pairs],
     changed: Mapping[str, Any],
 ) -> Generator[Update, None, bool]:
-    """Note which runs were trained on the prompts; return whether it is known that none was."""
+    """Yield a note on each run that was trained on some of the prompts.
+
+    Return True if it is known that no run was trained on one of them. If no run is scored, this is
+    not known.
+    """
     is_held_out = any(model.run for model in found.values())
     for name, model in found.items():
         if model.run is None:
@@ -280,13 +290,16 @@ def _compare_prompts(
         count = sum(prompt in trained for prompt in prompts)
         if count:
             text = f"{name} was trained on the prompts of {count:,} of the {len(prompts):,} pairs"
-            yield Update("note", f"warning: {text}: it will look too good")
+            yield Update("note", f"warning: {text}, so its results will look too good")
             is_held_out = False
     return is_held_out
 
 
 def _base_names(found: Mapping[str, FoundModel]) -> dict[str, str]:
-    """Return the name of the base of each model with an adapter."""
+    """Return for each model with an adapter the name of its base in the table.
+
+    The name is ``base`` if all models have the same base, else ``base of RUN``.
+    """
     adapted = {name: model for name, model in found.items() if model.adapter}
     first: dict[tuple[Any, ...], str] = {}
     for name, model in adapted.items():
@@ -299,7 +312,7 @@ def _base_names(found: Mapping[str, FoundModel]) -> dict[str, str]:
 
 
 def _base_key(model: FoundModel) -> tuple[Any, ...]:
-    """Return what the weights of a loaded base depend on."""
+    """Return a key that is equal for models whose bases are loaded with equal weights."""
     return model.base.fingerprint, model.dtype, model.device, str(model.recipe.quantization)
 
 
@@ -308,7 +321,7 @@ def _score_all(
 ) -> Generator[Update, None, dict[str, PairLogps]]:
     """Return the scores of each model and base, the bases first.
 
-    Models on one base with adapters of one shape are loaded once.
+    If two models differ only in the weights of their adapters, the base is loaded once.
     """
     scores: dict[str, PairLogps] = {}
     base_scores: dict[str, PairLogps] = {}
@@ -320,7 +333,7 @@ def _score_all(
                 file = model.adapter / "adapter_model.safetensors"
                 set_adapter(opened.model, load_file(file))
             else:
-                opened = None  # before the next one is loaded
+                opened = None  # free the memory before the next model is loaded
                 yield Update("stage", f"loading {name}")
                 opened = load_model(model)
             task = f"scoring {len(pairs):,} pairs by"
@@ -336,7 +349,7 @@ def _score_all(
 
 
 def _fits_into(model: FoundModel, opened: OpenRun) -> bool:
-    """Return whether only the numbers of the adapter differ from those of an opened run."""
+    """Return True if a model differs from a loaded run only in the weights of its adapter."""
     adapters = [one.adapter for one in (model, opened) if one.adapter]
     if len(adapters) < 2 or _base_key(model) != _base_key(opened):
         return False
@@ -358,7 +371,7 @@ def _explained_memory(found: Mapping[str, FoundModel]) -> Iterator[None]:
         raise FitError(
             where=f"evaluating {', '.join(found)}",
             found=f"the GPU is out of memory ({first_line(error)})",
-            expected="enough memory for one model",
+            expected="enough memory for one model at a time",
             fix="end other programs that use the GPU (nvidia-smi lists them); "
             "CUDA_VISIBLE_DEVICES= in front of the command computes on the CPU, which is slow",
         ) from error

@@ -1,7 +1,8 @@
 """Judge the health of a training by the curves of its metrics.
 
-Each rule is a function of :class:`Curves` that returns a :class:`Finding` or None. Its threshold is
-a constant with its source. :func:`find_health` calls all rules.
+Each rule is a function that takes :class:`Curves` and returns a :class:`Finding` or None. The
+thresholds are constants. The docstring of a constant names its source: ORPO's authors, or OURS for
+a threshold of orpo-lite. :func:`find_health` calls all rules.
 """
 
 import itertools
@@ -19,32 +20,36 @@ OURS = "a threshold of orpo-lite"
 LEAST_STEPS = 20
 """With fewer steps the first and the last tenth hold fewer than two steps each. OURS."""
 NOISE = 4.0
-"""Standard errors that a difference of two means must exceed. About 1 in 16,000 by chance, and a
-run has some dozens of such differences. OURS."""
+"""A difference of two means counts if it exceeds this many standard errors. By chance, about 1 in
+16,000 differences is so large, and a run has some dozens of differences. OURS."""
 RISE = 0.10
-"""A mean training loss this much (relative) above its lowest one has diverged. OURS."""
+"""The loss diverges if its mean is this much (relative) above its lowest mean. OURS."""
 HELD_OUT_RISE = 0.02
-"""Held-out loss above its lowest value (relative), twice in a row: over-fitting. OURS."""
+"""A run over-fits if its held-out loss is this much (relative) above its lowest value, twice in a
+row. OURS."""
 STILL_HIGH = 0.9
-"""Share of the highest rise that is left at the end; with less the loss is falling again. OURS."""
+"""If the last held-out loss keeps less than this share of the highest rise, it is falling again.
+OURS."""
 CHOSEN_NEAR_0 = -0.1
-"""Chosen log-prob "at 0": each token has a probability above 0.9. The authors name 0."""
+"""A chosen log-prob above this is near 0: a token has a probability above 0.9 on average. The
+authors say 0."""
 REJECTED_LOW = -5.0
-"""The authors name -5 to -10."""
+"""A rejected log-prob below this is low. The authors say -5 to -10."""
 SINK = 0.1
-"""Nats that both log-probs must have fallen, 10% of the probability of a token. OURS; that a λ of 1
-sinks both and 0.1 keeps them close is the authors' experience, and Figs 7 and 9 of the paper."""
+"""Both log-probs sink if each falls by this many nats (10% of a token's probability). OURS. The
+authors' experience, and Figs 7 and 9 of the paper: λ = 1 sinks both, λ = 0.1 keeps them close."""
 STRONG_BETA = 0.1
-"""λ that keeps the log-probs close, by the authors; the paper trains Mistral with it."""
+"""A λ that keeps the log-probs close to their start, by the authors. The paper trains Mistral with
+it."""
 FLAT_LOSS = 0.01
-"""A loss that fell less than this (relative) has not fallen. OURS."""
+"""A loss that falls by less than this (relative) counts as not fallen. OURS."""
 FLAT_ODDS = 0.02
-"""Log odds that rose less than this have not risen: odds 2% higher. OURS."""
+"""Log odds that rise by less than this count as not risen. 0.02 means 2% higher odds. OURS."""
 HIGH_START = 0.75
-"""Accuracy before the first step. A base starts near 0.5 to 0.6; a high value means patterned data,
-by the authors, who name no number. This one is OURS."""
+"""An accuracy from this value on, before the first step, is high. A base starts near 0.5 to 0.6.
+The authors say that a high value means patterned data, but name no number. The number is OURS."""
 LENGTH_MATTERS = 0.65
-"""Accuracy from which a rule that only looks at length says something about the data. OURS."""
+"""If a rule that only looks at length has this accuracy, length says much about the pairs. OURS."""
 
 Gravity = Literal["serious", "warning", "unknown", "good"]
 
@@ -54,24 +59,24 @@ class Finding:
     """One verdict on the health of a run."""
 
     name: str
-    """Its identifier, for programs and for docs/report.md."""
+    """The identifier of the verdict, for programs and for docs/report.md."""
     title: str
     gravity: Gravity
     reason: str
-    """What was seen, with its figures."""
+    """The figures of this run that lead to the verdict, as sentences."""
     rule: str
-    """When this verdict is given."""
+    """When this verdict is given, for any run."""
     source: str
     """Where the threshold of the rule comes from."""
     advice: str
-    """What to do."""
+    """What the person should do."""
     values: Mapping[str, Any]
-    """``section.key`` -> value to train with next time; {} if no key helps."""
+    """``section.key`` -> the value for the next training; {} if no setting helps."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The metrics of a run, as the rules read them."""
+    """The metrics and settings of a run, in the form that the rules read."""
 
     train: Sequence[Row]
     """The rows of training steps, in order."""
@@ -82,7 +87,7 @@ class Curves:
     data: Mapping[str, Any]
     """The content of data.json, or {}."""
     length_rule: float | None
-    """Accuracy of a rule that only looks at length, on held-out pairs; None if unknown."""
+    """Accuracy of a rule that prefers replies only by length, in 0 to 1. None if unknown."""
 
     @classmethod
     def of(
@@ -92,7 +97,7 @@ class Curves:
         data: Mapping[str, Any] | None = None,
         length_rule: float | None = None,
     ) -> "Curves":
-        """Divide the rows of metrics.jsonl into those of training and of evaluations."""
+        """Divide the rows of metrics.jsonl into rows of training and rows of evaluations."""
         held_out = [
             {key.removeprefix("eval_"): value for key, value in row.items()}
             for row in rows
@@ -104,12 +109,16 @@ class Curves:
         return cls(train, held_out, settings, data or {}, length_rule)
 
     def windows(self, name: str) -> "Windows | None":
-        """Return the means of a training metric over parts of the run; None with too few steps."""
+        """Return a training metric's means over windows of steps, or None if steps are too few."""
         values = [float(row[name]) for row in self.train if _is_finite(row.get(name))]
         return Windows.of(values) if len(values) >= LEAST_STEPS else None
 
     def change(self, name: str) -> "Change | None":
-        """Return how a metric changed from start to end: on held-out pairs, else in training."""
+        """Return how a metric changed from the start of the training to its end.
+
+        It is measured on held-out pairs if they were evaluated before the first step, else on
+        training pairs. None if there are too few steps for that.
+        """
         values = [float(row[name]) for row in self.held_out if _is_finite(row.get(name))]
         if len(values) >= 2 and self.held_out[0].get("step") == 0:
             return Change(values[0], values[-1], 0.0, "held-out")
@@ -125,15 +134,18 @@ class Windows:
 
     means: Sequence[float]
     error: float
-    """Least difference of two means that is not noise: NOISE standard errors."""
+    """The smallest difference of two means that is not noise: NOISE standard errors."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Windows":
-        """Divide a series into windows of a tenth, of 3 to 100 values; the last ends at its end."""
+        """Divide a series into windows of equal length, the last of which ends with the series.
+
+        A window has a tenth of the values, but at least 3 and at most 100.
+        """
         size = min(max(3, len(values) // 10), 100)
         ends = range(len(values), size - 1, -size)
         means = [statistics.fmean(values[end - size : end]) for end in ends][::-1]
-        # The spread of neighbours is that of the noise, whatever the course of the series.
+        # Differences of neighbours measure the noise, because a trend changes them very little.
         steps = [abs(one - other) for one, other in itertools.pairwise(values)]
         deviation = 1.4826 * statistics.median(steps) / math.sqrt(2)
         return cls(means, NOISE * deviation * math.sqrt(2 / size))
@@ -146,7 +158,7 @@ class Change:
     first: float
     last: float
     error: float
-    """Least difference that is not noise; 0 for the same pairs at both ends."""
+    """The smallest difference that is not noise. 0 if start and end are on the same pairs."""
     where: Literal["held-out", "training"]
 
     @property
@@ -158,10 +170,10 @@ class Change:
 
 
 def find_health(curves: Curves) -> list[Finding]:
-    """Return the verdicts on a run, the gravest first: at least one."""
+    """Return the verdicts on a run, the gravest first. There is at least one."""
     found = [finding for rule in RULES if (finding := rule(curves))]
     if any(finding.name == "diverging" for finding in found):
-        # The other curves are consequences then. What the data give away is not.
+        # The other verdicts are consequences of the divergence, except the one on the data.
         found = [finding for finding in found if finding.name in ("diverging", "data")]
     return found or [_healthy(curves)]
 
@@ -170,7 +182,7 @@ def find_health(curves: Curves) -> list[Finding]:
 
 
 def diverging(curves: Curves) -> Finding | None:
-    """The training loss rises, or is not finite."""
+    """Return a finding if the training loss rises or is not finite."""
     lost = [row.get("step") for row in curves.train if not _is_finite(row["loss"])]
     reason = ""
     if lost:
@@ -190,16 +202,16 @@ def diverging(curves: Curves) -> Finding | None:
         "Diverging",
         "serious",
         reason,
-        f"A loss that is not finite, or a mean training loss over {RISE:.0%} above its lowest one.",
+        f"The loss is not finite, or its mean ends over {RISE:.0%} above its lowest mean.",
         OURS,
-        "Train again with a fifth of the learning rate. The adapter of the best evaluation is kept "
-        "if there are held-out pairs.",
+        "Train again with a fifth of the learning rate. If this run has held-out pairs, it keeps "
+        "the adapter of its best evaluation.",
         values,
     )
 
 
 def over_fitting(curves: Curves) -> Finding | None:
-    """The authors' pattern of log-probs, or a held-out loss that rises."""
+    """Return a finding if the log-probs show the authors' pattern, or the held-out loss rises."""
     reasons = []
     chosen, rejected = curves.windows("logps/chosen"), curves.windows("logps/rejected")
     if chosen and rejected:
@@ -214,7 +226,7 @@ def over_fitting(curves: Curves) -> Finding | None:
         lowest = float(best["loss"])
         after = [float(row["loss"]) for row in losses[losses.index(best) + 1 :]]
         is_high = len(after) >= 2 and min(after[-2:]) > lowest + HELD_OUT_RISE * abs(lowest)
-        # A first step that was too large also raises the loss, but it falls again from there.
+        # If only the first steps were too large, the loss rises too, but then falls again.
         if is_high and after[-1] - lowest > STILL_HIGH * (max(after) - lowest):
             reasons.append(
                 f"The held-out loss rose from {lowest:.3g} at step {best['step']} to "
@@ -227,17 +239,17 @@ def over_fitting(curves: Curves) -> Finding | None:
         "Over-fitting",
         "serious",
         " ".join(reasons),
-        f"Chosen log-prob above {CHOSEN_NEAR_0} with the rejected one below {REJECTED_LOW:g}; or "
-        f"a held-out loss over {HELD_OUT_RISE:.0%} above its lowest, twice in a row, that is not "
-        "falling again.",
-        f"{AUTHORS}; the limits of the held-out loss are {OURS}",
+        f"The chosen log-prob is above {CHOSEN_NEAR_0} and the rejected one below "
+        f"{REJECTED_LOW:g}. Or the held-out loss is over {HELD_OUT_RISE:.0%} above its lowest "
+        "value, twice in a row, and is not falling again.",
+        f"{AUTHORS}; the limits of the held-out loss are thresholds of orpo-lite",
         "Train for fewer steps, or with a lower learning rate or more data.",
         _shorter(curves, best.get("step")),
     )
 
 
 def both_sink(curves: Curves) -> Finding | None:
-    """Both log-probs fall: the odds term is too strong for the NLL."""
+    """Return a finding if both log-probs fall, because the odds-ratio loss outweighs the NLL."""
     chosen, rejected = curves.change("logps/chosen"), curves.change("logps/rejected")
     if not chosen or not rejected:
         return None
@@ -255,16 +267,17 @@ def both_sink(curves: Curves) -> Finding | None:
         "sinking",
         "Both log-probs sink",
         "warning",
-        f"Chosen fell {chosen}, rejected {rejected}: the model makes good answers less likely too.",
+        f"The chosen log-prob fell {chosen}, and the rejected one {rejected}. So the model also "
+        "makes good answers less likely.",
         f"Both log-probs end at least {SINK:g} below their start.",
-        f"{AUTHORS}, Figs 7 and 9 of the paper; the number is {OURS}",
+        f"{AUTHORS}, and Figs 7 and 9 of the paper; the number is {OURS}",
         advice,
         value or {"training.learning_rate": _rate(curves, 0.5)},
     )
 
 
 def not_learning(curves: Curves) -> Finding | None:
-    """Neither the loss falls nor the log odds rise."""
+    """Return a finding if the loss does not fall and the log odds do not rise."""
     if len(curves.train) < LEAST_STEPS:
         return None
     loss, odds = curves.change("loss"), curves.change("log_odds_chosen")
@@ -278,7 +291,7 @@ def not_learning(curves: Curves) -> Finding | None:
         "not-learning",
         "Not learning",
         "serious",
-        f"The loss went {loss}, the log odds {odds}.",
+        f"The loss went {loss}, and the log odds {odds}.",
         f"The loss falls by less than {FLAT_LOSS:.0%} and the log odds rise by less than "
         f"{FLAT_ODDS:g}.",
         OURS,
@@ -289,20 +302,20 @@ def not_learning(curves: Curves) -> Finding | None:
 
 
 def data_gives_itself_away(curves: Curves) -> Finding | None:
-    """Pairs that can be sorted without understanding them."""
+    """Return a finding if surface features such as length are enough to sort the pairs."""
     reasons = []
     first, pairs, where = _accuracy_before(curves)
     if first is not None and first >= HIGH_START and _lower_bound(first, pairs) > LENGTH_MATTERS:
         reasons.append(
-            f"The base prefers {first:.0%} of the chosen answers before the first step "
-            f"({pairs:,} {where} pairs)."
+            f"Before the first step the base prefers the chosen answer in {first:.0%} of "
+            f"{pairs:,} {where} pairs."
         )
     rule, last = curves.length_rule, _last_accuracy(curves)
     is_trained = len(curves.train) >= LEAST_STEPS
     if is_trained and rule is not None and last is not None and rule >= max(LENGTH_MATTERS, last):
         reasons.append(
-            f"A rule that only looks at length is right on {rule:.0%} of the pairs, the trained "
-            f"model on {last:.0%}."
+            f"A rule that only looks at length is right on {rule:.0%} of the pairs. The trained "
+            f"model is right on {last:.0%}."
         )
     if not reasons:
         return None
@@ -311,17 +324,19 @@ def data_gives_itself_away(curves: Curves) -> Finding | None:
         "The data gives itself away",
         "warning",
         " ".join(reasons),
-        f"An accuracy of at least {HIGH_START:.0%} before the first step; or a length rule of at "
-        f"least {LENGTH_MATTERS:.0%} that does as well as the trained model.",
-        f"{AUTHORS}; the numbers are {OURS}",
+        f"The accuracy is at least {HIGH_START:.0%} before the first step. Or a rule that only "
+        f"looks at length is right on at least {LENGTH_MATTERS:.0%} of the pairs, and at least as "
+        "often as the trained model.",
+        f"{AUTHORS}; the numbers are thresholds of orpo-lite",
         "Look at the pairs with `orpo-lite data`: chosen and rejected answers may differ in "
-        "length, style or source. Use pairs of one source and of similar length.",
+        "length, style or source. Use pairs whose two answers have the same source and a similar "
+        "length.",
         {},
     )
 
 
 def too_few_steps(curves: Curves) -> Finding | None:
-    """Too short to be judged."""
+    """Return a finding if the run has too few steps for a verdict."""
     steps = len(curves.train)
     if steps >= LEAST_STEPS:
         return None
@@ -330,9 +345,9 @@ def too_few_steps(curves: Curves) -> Finding | None:
         "Too few steps to tell",
         "unknown",
         f"The run has {steps} step{'' if steps == 1 else 's'}.",
-        f"Fewer than {LEAST_STEPS} steps.",
+        f"The run has fewer than {LEAST_STEPS} steps.",
         OURS,
-        "Train longer. Curves of so few steps are mostly noise.",
+        "Train longer. With so few steps the curves are mostly noise.",
         {"training.max_steps": 100},
     )
 
@@ -356,7 +371,7 @@ def _healthy(curves: Curves) -> Finding:
         "Healthy",
         "good",
         reason,
-        "No other verdict is given.",
+        "No other verdict holds.",
         "the rules in docs/report.md",
         "Nothing to do.",
         {},
@@ -371,14 +386,17 @@ def _is_finite(value: object) -> bool:
 
 
 def _rate(curves: Curves, factor: float) -> float:
-    """Return the learning rate times a factor, with two digits."""
+    """Return the run's learning rate times ``factor``, rounded to two digits."""
     rate = curves.settings.get("training.learning_rate")
     rate = rate if isinstance(rate, int | float) and _is_finite(rate) and rate > 0 else 5e-5
     return float(f"{rate * factor:.2g}")
 
 
 def _shorter(curves: Curves, best: object) -> dict[str, Any]:
-    """Return the setting that ends a training at its best evaluation, else at half its length."""
+    """Return settings for a shorter training.
+
+    It ends at the best evaluation if there is one after step 0, else at half of the steps.
+    """
     last = curves.train[-1].get("step") if curves.train else None
     steps = best if isinstance(best, int) and best > 0 else (last or 2) // 2
     values: dict[str, Any] = {"training.max_steps": max(1, steps)}
@@ -388,7 +406,10 @@ def _shorter(curves: Curves, best: object) -> dict[str, Any]:
 
 
 def _accuracy_before(curves: Curves) -> tuple[float | None, int, str]:
-    """Return the accuracy before the first step, of how many pairs, and which ones."""
+    """Return (accuracy before the first step, number of pairs, "held-out" or "training").
+
+    The accuracy is None if it was not measured.
+    """
     name = "rewards/accuracies"
     held_out = curves.data.get("held_out_pairs")
     if curves.held_out and curves.held_out[0].get("step") == 0:
@@ -403,7 +424,7 @@ def _accuracy_before(curves: Curves) -> tuple[float | None, int, str]:
 
 
 def _last_accuracy(curves: Curves) -> float | None:
-    """Return the trained model's accuracy: of its best evaluation, else of its last steps."""
+    """Return the trained model's accuracy in its best evaluation, else in its last steps."""
     losses = [row for row in curves.held_out if _is_finite(row.get("loss")) and row.get("step")]
     if losses:
         value = min(losses, key=lambda row: float(row["loss"])).get("rewards/accuracies")
@@ -413,7 +434,11 @@ def _last_accuracy(curves: Curves) -> float | None:
 
 
 def _length_rule(data: Mapping[str, Any]) -> float | None:
-    """Return the accuracy of the better length rule, with half of the pairs of equal length."""
+    """Return the accuracy of "prefer the longer" or "prefer the shorter", whichever is higher.
+
+    Half of the pairs with two replies of equal length count as right. None if data.json has no
+    lengths.
+    """
     longer, shorter = data.get("chosen_longer"), data.get("rejected_longer")
     if not isinstance(longer, int | float) or not isinstance(shorter, int | float):
         return None
@@ -421,7 +446,7 @@ def _length_rule(data: Mapping[str, Any]) -> float | None:
 
 
 def _lower_bound(share: float, count: int) -> float:
-    """Return the lower end of the 95% interval of a share, by Wilson's formula."""
+    """Return the lower end of the 95% interval of a share, by Wilson's score interval."""
     z = 1.96
     middle = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

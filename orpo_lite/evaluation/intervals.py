@@ -1,8 +1,8 @@
-"""Compute confidence intervals of means over pairs, by a bootstrap that resamples prompts.
+"""Compute confidence intervals of means over pairs, with a bootstrap that resamples prompts.
 
-The pairs of one prompt are not independent, so a resample draws whole prompts with all their pairs
-(the cluster bootstrap). All means of one table are computed on the same resamples, so the
-difference of two models is paired. The random numbers have a fixed seed.
+The pairs of one prompt are not independent. So a resample draws whole prompts with all their pairs
+(the cluster bootstrap). All means of one table are computed on the same resamples, so two models
+are compared pair by pair. The random numbers have a fixed seed.
 """
 
 import math
@@ -17,7 +17,7 @@ LEVEL = 0.95
 RESAMPLES = 2000
 POWER = 0.8
 SEED = 0
-DRAWS_AT_ONCE = 1 << 16  # random numbers in memory at once, so that they fit a cache
+DRAWS_AT_ONCE = 1 << 16  # random numbers in memory at once; this number fits the CPU's cache
 
 Numbers = NDArray[np.float64]
 
@@ -26,8 +26,8 @@ Numbers = NDArray[np.float64]
 class Interval:
     """A value with its 95% interval.
 
-    ``low`` and ``high`` are None where fewer than two prompts are known; all are None where there
-    are no pairs or a score is not finite.
+    ``low`` and ``high`` are None if there are fewer than two prompts. All three are None if there
+    are no pairs or if a score is not finite.
     """
 
     value: float | None
@@ -35,18 +35,20 @@ class Interval:
     high: float | None
 
     def excludes_zero(self) -> bool:
-        """Return whether the whole interval is on one side of 0."""
+        """Return True if the interval is known and does not contain 0."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over pairs: as observed, in each resample, and without each prompt in turn."""
+    """A mean over pairs, with the values that its interval is computed from."""
 
     value: float
+    """The observed mean."""
     resampled_B: Numbers
+    """The mean in each of B resamples (the bootstrap)."""
     without_M: Numbers
-    """The value without the pairs of prompt m (the jackknife)."""
+    """Element m is the mean without the pairs of prompt m (the jackknife)."""
 
     def __sub__(self, other: "Mean") -> "Mean":
         return Mean(
@@ -58,10 +60,11 @@ class Mean:
     def interval(self) -> Interval:
         """Return the value with its 95% interval.
 
-        Its ends are the outer ones of two intervals. The percentile interval of the bootstrap
-        follows a skewed distribution, but it is too narrow for a share on few prompts: in
-        simulations with 10 prompts it contained the truth in 87%, and BCa in less. The t-interval
-        of the jackknife contained it in 96% there. With 100 prompts the two are nearly the same.
+        The interval covers two others: the percentile interval of the bootstrap, and the t-interval
+        of the jackknife. The percentile interval follows a skewed distribution, but it is too
+        narrow for a share on few prompts. In simulations with 10 prompts it contained the true
+        value in 87% of the cases, and a BCa interval in fewer. The t-interval contained it in 96%.
+        With 100 prompts the two are nearly the same.
         """
         prompts = len(self.without_M)
         if prompts == 0 or not math.isfinite(self.value):
@@ -76,7 +79,7 @@ class Mean:
         )
 
     def standard_error(self) -> float:
-        """Return the standard error, by the jackknife over prompts. NaN for a single prompt."""
+        """Return the standard error by a jackknife over prompts; NaN for fewer than two prompts."""
         prompts = len(self.without_M)
         if prompts < 2:
             return math.nan
@@ -87,11 +90,11 @@ class Mean:
 def mean_over_pairs(
     numerators_KP: Numbers, denominators_KP: Numbers, prompts_P: Sequence[Hashable]
 ) -> list[Mean]:
-    """Return K means over P pairs; each is the sum of its numerators by that of its denominators.
+    """Return K means over P pairs: for each, sum of the numerators / sum of the denominators.
 
     Args:
-        numerators_KP: what a pair adds to the numerator of each mean.
-        denominators_KP: what it adds to the denominator: 1, or its number of tokens.
+        numerators_KP: what each pair adds to the numerator of each mean.
+        denominators_KP: what each pair adds to the denominator, such as 1 or its token count.
         prompts_P: the prompt of each pair.
     """
     index: dict[Hashable, int] = {}
@@ -118,10 +121,10 @@ def mean_over_pairs(
 
 
 def share_interval(mean: Mean) -> Interval:
-    """Return the interval of a share of pairs.
+    """Return a share of pairs with its 95% interval, within 0 and 1.
 
-    If all pairs agree, all resamples do too. The end that they could reach is then the exact
-    binomial one of as many prompts.
+    If the share is 0 or 1, all resamples are equal to it. The other end of the interval is then
+    the end of the exact binomial interval for as many trials as there are prompts.
     """
     found, prompts = mean.interval(), len(mean.without_M)
     if found.value is None or found.low is None or found.high is None:
@@ -133,7 +136,11 @@ def share_interval(mean: Mean) -> Interval:
 
 
 def resample_sums(sums_MS: Numbers) -> Numbers:
-    """Return the sums of S columns over M prompts that are drawn with replacement: (B, S)."""
+    """Return the sums of S columns in each of B resamples of M prompts, shape (B, S).
+
+    Args:
+        sums_MS: the sums of each prompt. A resample draws M prompts with replacement.
+    """
     prompts = len(sums_MS)
     generator = np.random.default_rng(SEED)
     rows = max(1, DRAWS_AT_ONCE // prompts)
@@ -148,10 +155,14 @@ def resample_sums(sums_MS: Numbers) -> Numbers:
 
 
 def pairs_needed(mean: Mean, pairs: int) -> int | None:
-    """Return how many pairs would show that a difference is not 0, if it is as large as observed.
+    """Return how many pairs are needed to show that a difference is not 0.
 
-    That many pairs of the same kind exclude 0 from the 95% interval with a probability of 80%. None
-    if the observed difference is 0 or unknown.
+    The true difference is assumed to be as large as the observed one. With so many pairs the 95%
+    interval excludes 0 with a probability of 80%. None if the observed difference is 0 or unknown.
+
+    Args:
+        mean: the observed difference.
+        pairs: the number of pairs that it was observed on.
     """
     error = mean.standard_error()
     if mean.value == 0 or not math.isfinite(error):
@@ -162,9 +173,9 @@ def pairs_needed(mean: Mean, pairs: int) -> int | None:
 
 
 def t_quantile(freedom: int) -> float:
-    """Return the two-sided 95% quantile of Student's t distribution.
+    """Return the two-sided 95% quantile of Student's t distribution with ``freedom`` degrees.
 
-    By the approximation of Wallace (1959), which is within 1% from 4 degrees of freedom on.
+    It uses the approximation of Wallace (1959). Its error is below 1% from 4 degrees of freedom on.
     """
     normal = NormalDist().inv_cdf((1 + LEVEL) / 2) * (8 * freedom + 3) / (8 * freedom + 1)
     return math.sqrt(freedom * math.expm1(normal**2 / freedom))

@@ -1,4 +1,4 @@
-"""Judge a training by the scores that it recorded: the kept adapter against the start."""
+"""Judge a training: compare the recorded scores of the start and of the kept adapter."""
 
 import math
 from pathlib import Path
@@ -22,13 +22,14 @@ def judge_training(recipe: Recipe, pairs: TokenizedPairs, path: Path, kept: int)
     """Compare the adapter of step ``kept`` with the start of the training; write verdict.json.
 
     Args:
-        recipe: of the run.
-        pairs: its held-out pairs.
+        recipe: the recipe of the run.
+        pairs: the held-out pairs of the run.
         path: the run folder.
         kept: the step whose adapter was kept.
 
     Raises:
-        CheckpointError: the run has no scores of one of the steps, or of other pairs.
+        CheckpointError: pair_scores.jsonl has no scores for step 0 or ``kept``, or has scores for
+            another number of pairs.
     """
     rows = {row["step"]: row for row in read_scores(path)}
     start = START if recipe.model.adapter_name_or_path else BASE
@@ -38,9 +39,9 @@ def judge_training(recipe: Recipe, pairs: TokenizedPairs, path: Path, kept: int)
         if len(scores.chosen_P) != len(pairs):
             raise CheckpointError(
                 where=str(path / SCORES),
-                found=f"has no scores of {len(pairs)} pairs at step {step}",
-                expected="those of the run's held-out pairs",
-                fix=f"orpo-lite eval {path} computes them",
+                found=f"has no scores for {len(pairs)} pairs at step {step}",
+                expected="a score for each held-out pair of the run",
+                fix=f"orpo-lite eval {path} computes the scores",
             )
         found[name] = scores
     evaluation = compare(
@@ -51,7 +52,7 @@ def judge_training(recipe: Recipe, pairs: TokenizedPairs, path: Path, kept: int)
 
 
 def _scores(row: dict[str, Any]) -> PairLogps:
-    """Return the scores of a row of pair_scores.jsonl; null there is NaN."""
+    """Return the scores in a row of pair_scores.jsonl. A null in the row becomes NaN."""
     columns = (row.get(name, []) for name in ("chosen", "rejected", "nll", "nll_tokens"))
     known = ([math.nan if value is None else value for value in column] for column in columns)
     return PairLogps(*(torch.tensor(column, dtype=torch.float64) for column in known))

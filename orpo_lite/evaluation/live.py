@@ -1,4 +1,4 @@
-"""Serve the report of a run that is going on, on this machine only."""
+"""Serve the report of a running training on 127.0.0.1, so that no other machine can read it."""
 
 import threading
 from collections.abc import Generator, Sequence
@@ -15,7 +15,7 @@ from orpo_lite.runs.commands import quoted
 from orpo_lite.updates import Update
 
 HOST = "127.0.0.1"
-PORT = 8790  # taken if it is free and no other one is asked for
+PORT = 8790  # the default; if it is in use, any free port is taken
 NAMES = (HOST, "localhost")
 WATCHED = (
     "metrics.jsonl",
@@ -29,7 +29,7 @@ POLL = 0.5  # seconds
 
 
 class LivePage:
-    """The page of some runs, made again when a file of theirs has changed."""
+    """The page of some runs. It is made again when a file of a run has changed."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -38,10 +38,10 @@ class LivePage:
         self._version, self._page, self._body = "", "", ""
 
     def read(self) -> tuple[str, str, str]:
-        """Return the version, the whole page and the part of it that changes.
+        """Return the version, the whole page, and the body that the page's script replaces.
 
         Raises:
-            OrpoLiteError: as :func:`orpo_lite.evaluation.report.report`.
+            OrpoLiteError: a run cannot be read; see :func:`orpo_lite.evaluation.report.report`.
         """
         with self._lock:
             version = self._newest()
@@ -54,7 +54,7 @@ class LivePage:
             return self._version, self._page, self._body
 
     def _newest(self) -> str:
-        """Return a text that differs after each change of a file."""
+        """Return a text that changes whenever a watched file changes."""
         found = []
         for file in (path / name for path in self.paths for name in WATCHED):
             if file.is_file():
@@ -66,17 +66,18 @@ class LivePage:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answer GET of the page and of its body."""
+    """Answers GET requests for the page (``/``) and for its body (``/body``)."""
 
-    timeout = 30  # seconds; a browser opens connections that it may never use
+    timeout = 30  # seconds; a browser may open connections and never use them
 
     def __init__(self, page: LivePage, *args: Any) -> None:
         self.page = page
         super().__init__(*args)
 
     def do_GET(self) -> None:
-        """Send the page, its body if that has changed, or an error."""
-        # A page of another name that resolves to this machine (DNS rebinding) may not read the run.
+        """Send the page, or its body if it has changed, or an error."""
+        # Refuse other host names. Otherwise a web page on another host name could make that name
+        # resolve to this machine (DNS rebinding) and read the run.
         host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
         if host not in NAMES:
             self._send(HTTPStatus.FORBIDDEN, f"use http://{HOST}")
@@ -111,23 +112,29 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Server(ThreadingHTTPServer):
-    """A server whose port is not shared, and which a request of a slow reader does not hold up."""
+    """An HTTP server with a thread for each request, so that a slow reader blocks no other."""
 
     allow_reuse_address = True
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print nothing: a browser went away, or the run's files cannot be read just now."""
+        """Print nothing. A browser closed the page, or a file of a run cannot be read now."""
 
 
 def live_events(
     run_folders: Sequence[Path], *, port: int | None = None
 ) -> Generator[Update, None, None]:
-    """Serve the report of runs on 127.0.0.1 until the generator is closed; yield its address.
+    """Serve the report of runs on 127.0.0.1 until the generator is closed.
+
+    It yields the report's address as a note. It never returns.
+
+    Args:
+        run_folders: the runs to show.
+        port: the port. None: :data:`PORT` if it is free, else any free port.
 
     Raises:
         CheckpointError: a folder is not a run.
-        RecipeError: the port is in use.
+        RecipeError: ``port`` is in use.
     """
     page = LivePage([path.expanduser() for path in run_folders])
     with _listen(page, port, run_folders) as server:
@@ -141,7 +148,7 @@ def live_events(
         while True:
             server.handle_request()
             if page.is_finished and not finished:
-                yield Update("note", "the run has finished; the page stays until Ctrl-C")
+                yield Update("note", "the run has finished; Ctrl-C ends the page")
             finished = page.is_finished
 
 

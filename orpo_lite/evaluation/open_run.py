@@ -1,4 +1,4 @@
-"""Open a finished run, a folder of a model, or a model of the hub, to score pairs or to answer."""
+"""Load a finished run, a model folder or a hub model, to score pairs or to answer prompts."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -24,32 +24,32 @@ from orpo_lite.runs.lock import read_lock, with_pinned_base
 from orpo_lite.updates import Update
 
 NO_LIMIT = 1 << 30  # of tokens
-NO_DATA = "none"  # data.dataset_name of a model that no run tells the data of
+NO_DATA = "none"  # data.dataset_name for a model that is not a run
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model that can be opened; its weights are on disk and not loaded."""
+    """A model whose weights are on disk and not loaded yet."""
 
     name: str
-    """As the person gave it."""
+    """The name that the person gave."""
     run: Path | None
-    """The run folder; None for a model that no run made."""
+    """The run folder; None for a model that does not belong to a run."""
     recipe: Recipe
     """The recipe of the run, with the built-in names resolved and the base pinned. For a model
-    without a run it holds the defaults, and ``data.dataset_name`` is :data:`NO_DATA`."""
+    without a run it is the default recipe, with :data:`NO_DATA` as ``data.dataset_name``."""
     base: Base
     adapter: Path | None
-    """The folder of the run's adapter; None for a model without one."""
+    """The folder of the run's adapter; None for a model without an adapter."""
     files: Path
-    """The folder with the tokenizer and the generation config of the answers."""
+    """The folder with the tokenizer and the generation config."""
     device: torch.device
     dtype: str
-    """In which the base is loaded."""
+    """The dtype in which the base is loaded."""
 
     @property
     def loading(self) -> Recipe:
-        """The recipe that the weights are loaded by: the dtype is chosen, the adapter is named."""
+        """The recipe for loading the weights: with the chosen dtype and the adapter's folder."""
         adapter = str(self.adapter.resolve()) if self.adapter else None
         return self.recipe.override(
             {"model.dtype": self.dtype, "model.adapter_name_or_path": adapter}
@@ -58,22 +58,29 @@ class FoundModel:
 
 @dataclass(frozen=True)
 class OpenRun(FoundModel):
-    """A model that is loaded, with its tokenizer."""
+    """A loaded model with its tokenizer."""
 
     model: PairModel
-    """``model.without_adapter()`` switches the adapter off; it does nothing where there is none."""
+    """``model.without_adapter()`` switches the adapter off. Without an adapter it does nothing."""
     tokenizer: Any
-    """It has the chat template of the run, or the one that a training would choose."""
+    """The tokenizer. Its chat template is the run's, or the one that a training would choose."""
 
     def prompt_tokenizer(self) -> PromptTokenizer:
-        """Return what turns conversations into prompts, by this template and of any length."""
+        """Return a tokenizer of conversations. It uses the chat template and has no length limit.
+
+        Use it as a context manager.
+        """
         values: dict[str, Any] = dict.fromkeys(("max_length", "max_prompt_length"), NO_LIMIT)
         if self.run and self.recipe.data.chat_template != "none":
-            values["chat_template"] = "auto"  # it is in the tokenizer; its file may be gone
+            # The tokenizer has the template. The file that the recipe names may be gone.
+            values["chat_template"] = "auto"
         return PromptTokenizer(self.recipe.data.model_copy(update=values), self.tokenizer)
 
     def answerer(self, end_id: int) -> Answerer:
-        """Return what answers prompts; ``end_id`` is the token that ends an answer."""
+        """Return an :class:`Answerer` of this model. ``end_id`` is the token that ends an answer.
+
+        Other ending tokens come from the generation config.
+        """
         generation, _ = read_generation_config(self.files)
         return Answerer(self.model, with_ends(generation, end_id, pad_id(self.tokenizer)))
 
@@ -85,10 +92,10 @@ class OpenRun(FoundModel):
 def open_run(
     name: str | Path, *, base_path: str | Path | None = None, command: str = "eval"
 ) -> Generator[Update, None, OpenRun]:
-    """Find and load a model. For arguments and errors see :func:`find_model`.
+    """Find and load a model. For the arguments see :func:`find_model`.
 
     Raises:
-        FitError: the GPU has too little memory.
+        OrpoLiteError: an error of :func:`find_model` or :func:`load_model`.
     """
     yield Update("stage", f"loading {name}")
     return load_model(find_model(name, base_path=base_path, command=command))
@@ -97,20 +104,22 @@ def open_run(
 def find_model(
     name: str | Path, *, base_path: str | Path | None = None, command: str = "eval"
 ) -> FoundModel:
-    """Find a model by name. No weights are loaded; those of a hub name are downloaded.
+    """Find a model by name. Weights of a hub model are downloaded, but no weights are loaded.
 
-    A run is loaded as it was trained: the base in 4 bit if the training had it so, in the dtype of
-    lock.json, with the adapter. All other models are loaded as their files are, never in 4 bit: in
-    16 bit on a GPU, in float32 on a CPU. A merged folder inside a run has the run's recipe.
+    A run will be loaded as it was trained: with the adapter, in the dtype of lock.json, and with
+    the base in 4 bit if the training used 4 bit. All other models will be loaded without
+    quantization, in 16 bit on a GPU and in float32 on a CPU. A merged folder inside a run has the
+    run's recipe.
 
     Args:
-        name: a run folder; ``RUN/merged`` or any other folder of transformers; or a hub name.
-        base_path: where the base of the run is now, if it is a folder that was moved.
-        command: the command that a fix names.
+        name: a run folder; ``RUN/merged`` or any other model folder of transformers; or a hub name.
+        base_path: where the base of the run is now, if its folder was moved.
+        command: the command of orpo-lite that an error's fix repeats.
 
     Raises:
         CheckpointError: there is no such folder, or its training or merge is not finished.
-        ModelError: the folder is not a causal model; or the base is missing or another one.
+        ModelError: the folder is not a causal model; or the base is missing, or is not the base
+            of the training.
         HubError: the hub has no such model, or is unreachable.
     """
     path = Path(name).expanduser()
@@ -153,23 +162,23 @@ def _find_trained(
     if base_path is not None:
         recipe = recipe.override({"model.model_name_or_path": str(base.path)})
     device = choose_device(recipe)
-    # 4-bit weights depend on the dtype that they are quantised from, which is the training's.
+    # 4-bit weights depend on the dtype from which they are quantised. Use the training's dtype.
     dtype = lock.get("dtype") or dtype_name(choose_dtype(recipe.model.dtype, device_kind(device)))
     return FoundModel(str(name), path, recipe, base, adapter, adapter, device, dtype)
 
 
 def choose_device(recipe: Recipe) -> torch.device:
-    """Return the GPU if there is one and ``model.device`` is not cpu, else the CPU."""
+    """Return the GPU if there is one and ``model.device`` is not ``cpu``; else the CPU."""
     is_gpu = torch.cuda.is_available() and recipe.model.device != "cpu"
     return torch.device("cuda" if is_gpu else "cpu")
 
 
 def load_model(found: FoundModel) -> OpenRun:
-    """Load the weights and the tokenizer of a model that was found.
+    """Load the weights and the tokenizer of a model from :func:`find_model`.
 
     Raises:
         FitError: the GPU has too little memory.
-        ModelError: weights or tokenizer cannot be read.
+        ModelError: the weights or the tokenizer cannot be read, or a run's chat template is gone.
     """
     tokenizer = load_tokenizer(found.files)
     if found.run is None:
@@ -178,8 +187,8 @@ def load_model(found: FoundModel) -> OpenRun:
         raise ModelError(
             where=f"tokenizer in {found.files}",
             found="has no chat template",
-            expected="the one of the training",
-            fix="put back the files that the training wrote",
+            expected="the chat template of the training",
+            fix="restore the files that the training wrote",
         )
     try:
         if found.adapter:
@@ -200,6 +209,6 @@ def load_model(found: FoundModel) -> OpenRun:
 
 
 def _is_meant_as_path(name: str, path: Path) -> bool:
-    """Return whether a name that is no folder is not one of the hub either, by its looks."""
+    """Return True if a name that is not a folder looks like a path and not like a hub name."""
     is_near = name.count("/") == 1 and path.parent.is_dir()
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or is_near

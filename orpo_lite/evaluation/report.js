@@ -1,5 +1,5 @@
 "use strict";
-// Replaces the page's content while the run goes on. Open parts and the place in the page are kept.
+// Replaces the page's content during the run. Open parts, focus and scroll position are kept.
 let version = "";
 async function follow() {
   try {
@@ -21,7 +21,7 @@ async function follow() {
       window.scrollTo(x, y);
     }
   } catch {
-    // The server has ended. The page stays as it is.
+    // The server has stopped. The page does not change.
   }
   setTimeout(follow, 3000);
 }

@@ -1,4 +1,4 @@
-"""Write the report of one or several runs: one HTML file that needs no network and no script."""
+"""Write the report of one or more runs: one HTML file that needs no network and no script."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,37 +22,37 @@ MOST_RUNS = 8
 
 
 class Spec(NamedTuple):
-    """What a chart shows."""
+    """The texts and metrics of a chart."""
 
     key: str
     title: str
     note: str
     metrics: Mapping[str, str]
-    """Name of a metric -> its label, "" if the chart has only one."""
+    """Name of a metric -> its label. The label is "" if the chart has only one metric."""
     better: Better = ""
     percent: bool = False
 
 
 SPECS = (
-    Spec("loss", "Loss", "What the training minimises: NLL and λ times the odds-ratio loss.",
+    Spec("loss", "Loss", "The training minimises it: the NLL plus λ times the odds-ratio loss.",
          {"loss": ""}, "low"),
-    Spec("nll", "NLL of the chosen answers", "How surprised the model is by them, per token.",
+    Spec("nll", "NLL of the chosen answers", "Mean negative log-likelihood of a token.",
          {"nll_loss": ""}, "low"),
-    Spec("logps", "Log-probabilities", "Mean per token of an answer, as in the paper's Figs 3, 7 "
-         "and 9.", {"logps/chosen": "chosen", "logps/rejected": "rejected"}, "high"),
+    Spec("logps", "Log-probabilities", "Mean log-probability of an answer's tokens, as in Figs 3, "
+         "7 and 9 of the paper.", {"logps/chosen": "chosen", "logps/rejected": "rejected"}, "high"),
     Spec("odds", "Log odds ratio", "How much more likely the chosen answer is than the rejected "
          "one.", {"log_odds_chosen": ""}, "high"),
-    Spec("accuracy", "Reward accuracy", "Share of pairs whose chosen answer is the likelier one.",
-         {"rewards/accuracies": ""}, "high", percent=True),
+    Spec("accuracy", "Reward accuracy", "Share of pairs whose chosen answer is more likely than "
+         "the rejected one.", {"rewards/accuracies": ""}, "high", percent=True),
     Spec("margin", "Reward margin", "λ times the difference of the two log-probabilities.",
          {"rewards/margins": ""}, "high"),
-    Spec("rate", "Learning rate", "As the schedule sets it.", {"learning_rate": ""}),
-    Spec("norm", "Gradient norm", "Before clipping.", {"grad_norm": ""}),
-    Spec("speed", "Tokens per second", "Of both answers, in training steps.",
+    Spec("rate", "Learning rate", "The learning rate of each step.", {"learning_rate": ""}),
+    Spec("norm", "Gradient norm", "Length of the gradient before clipping.", {"grad_norm": ""}),
+    Spec("speed", "Tokens per second", "Tokens of both sequences of a pair, in training steps.",
          {"tokens_per_second": ""}),
 )  # fmt: skip
 MEMORY = Spec(
-    "memory", "GPU memory", "Peak so far, in GiB: of tensors, and what torch took for them.",
+    "memory", "GPU memory", "Peak so far in GiB: memory of tensors, and memory reserved by torch.",
     {"memory_gib": "tensors", "memory_reserved_gib": "reserved"},
 )  # fmt: skip
 
@@ -65,24 +65,24 @@ class ReportResult:
     health: Mapping[str, Sequence[Finding]]
     """Run folder -> verdicts on its curves, the gravest first."""
     verdicts: Mapping[str, Sequence[str]]
-    """Run folder -> sentences on whether the model got better, [] if it was not evaluated."""
+    """Run folder -> sentences that say whether the model got better; [] without an evaluation."""
 
 
 def report(
     *run_folders: str | Path, to: str | Path | None = None, data_texts: bool = True
 ) -> ReportResult:
-    """Write one HTML file on one run, or on several runs over each other.
+    """Write one HTML file about one run, or about several runs in the same charts.
 
     Args:
-        run_folders: run folders, also of a training that is going on.
-        to: the file to write. By default report.html, in the run or, for several, in the current
-            folder.
-        data_texts: show prompts of the data with their answers, and paths. False: for a copy that
-            others see.
+        run_folders: folders of runs. A run may still be training.
+        to: the file to write. None: report.html in the run folder, or in the current folder if
+            there are several runs.
+        data_texts: True: show the paths, and prompts of the data with their answers. False: leave
+            them out, for a copy that others see.
 
     Raises:
         CheckpointError: a folder is not a run, or the file cannot be written.
-        RecipeError: no run, or too many.
+        RecipeError: there is no run folder, or there are more than :data:`MOST_RUNS`.
     """
     paths = [Path(folder).expanduser() for folder in run_folders]
     records = read_runs(paths)
@@ -103,26 +103,26 @@ def report(
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Read the runs of a report. Raise :class:`RecipeError` for none, or for more than it shows."""
+    """Read 1 to :data:`MOST_RUNS` runs. Raise :class:`RecipeError` for another number of them."""
     if not 0 < len(paths) <= MOST_RUNS:
         raise RecipeError(
             where="orpo-lite report",
             found=f"{len(paths)} runs",
             expected=f"1 to {MOST_RUNS} run folders",
-            fix="name the folders of the runs to compare",
+            fix=f"give the folders of at most {MOST_RUNS} runs",
         )
     return [RunRecord.read(path) for path in paths]
 
 
 def make_page(records: Sequence[RunRecord], *, data_texts: bool = True) -> str:
-    """Return the page as HTML, without a script. ``data_texts`` as in :func:`report`."""
+    """Return the page as HTML, without a script. For ``data_texts`` see :func:`report`."""
     return wrap_body(make_body(records, data_texts=data_texts), records)
 
 
 def make_body(
     records: Sequence[RunRecord], *, data_texts: bool = True, live: bool = False
 ) -> Markup:
-    """Return what the page shows, which the script of a live page replaces."""
+    """Return the visible content of the page. The script of a live page replaces it."""
     # matplotlib escapes the texts in its pictures.
     charts = [_with_picture(chart, Markup(draw(chart))) for chart in make_charts(records)]  # noqa: S704
     labels = _labels(records)
@@ -143,7 +143,7 @@ def make_body(
 
 
 def wrap_body(body: Markup, records: Sequence[RunRecord], *, live: bool = False) -> str:
-    """Return the whole page. Only a live page, which a server sends, has a script."""
+    """Return the whole page around its body. Only a page with ``live`` has a script."""
     return _render("report.html", title=_title(records), body=body, live=live)
 
 
@@ -152,7 +152,7 @@ def _title(records: Sequence[RunRecord]) -> str:
 
 
 def _render(template: str, **values: Any) -> Markup:
-    """Fill in a template of this folder; every text is escaped."""
+    """Return a template of this folder with the values filled in. Every text is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -169,7 +169,11 @@ def _render(template: str, **values: Any) -> Markup:
 
 
 def make_charts(records: Sequence[RunRecord]) -> list[Chart]:
-    """Return the charts: of one run in training and held out, or of several runs, a line each."""
+    """Return the charts of one or more runs.
+
+    For one run a chart shows its training and held-out curves. For several runs a chart shows one
+    curve of each run.
+    """
     charts = []
     for spec in (*SPECS, MEMORY):
         on_gpu = any("memory_reserved_gib" in row for record in records for row in record.rows)
@@ -217,7 +221,7 @@ def _lines(spec: Spec, record: RunRecord) -> Iterator[Line]:
 
 
 def _one_line(metric: str, record: RunRecord, label: str, number: int) -> Line | None:
-    """Return a run's line of a metric: held out if it was evaluated, else in training."""
+    """Return a run's curve of a metric: the held-out curve if there is one, else the training's."""
     for held_out in (True, False):
         steps, values = _series(record, f"eval_{metric}" if held_out else metric)
         if steps:
@@ -246,7 +250,7 @@ def _with_picture(chart: Chart, picture: object) -> dict[str, Any]:
 
 
 def _labels(records: Sequence[RunRecord]) -> list[str]:
-    """Return a short name for each run; a letter in front if there are several."""
+    """Return a short name for each run, with a letter before it if there are several runs."""
     if len(records) == 1:
         return [records[0].name]
     short = [name if len(name) <= 14 else f"{name[:13]}…" for name in (r.name for r in records)]

@@ -1,4 +1,4 @@
-"""Make the texts of the report's page from what a run folder holds."""
+"""Make the texts of the report's page from the content of a run folder."""
 
 import json
 import math
@@ -21,7 +21,10 @@ OUTCOMES = {"better": "good", "worse": "serious", "cannot tell": "unknown"}
 
 
 def run_texts(record: RunRecord, label: str, data_texts: bool) -> dict[str, Any]:
-    """Return what the page shows of a run, except charts. ``data_texts`` as in ``report``."""
+    """Return the texts that the page shows for a run.
+
+    For ``data_texts`` see :func:`orpo_lite.evaluation.report.report`.
+    """
     path = quoted(record.path) if data_texts else "RUN"
     verdicts = [_verdict(when, found) for when, found in record.verdicts.items()]
     return {
@@ -68,7 +71,7 @@ TILES = (
 
 
 def _tiles(record: RunRecord) -> Iterator[dict[str, str]]:
-    """Yield held-out metrics before the training and of the kept adapter."""
+    """Yield the held-out metrics: before the training, and with the kept adapter."""
     before, after = record.held_out(0), record.kept
     for key, label, percent in TILES:
         values = [row.get(f"eval_{key}") for row in (before, after)]
@@ -85,33 +88,33 @@ def _finding(finding: Finding, record: RunRecord, data_texts: bool) -> dict[str,
 
 
 def _memory(record: RunRecord) -> str:
-    """Return memory and plan in a sentence."""
+    """Return sentences that compare the used memory with the plan; "" if none was recorded."""
     peaks = [row["memory_gib"] for row in record.rows if row.get("memory_gib") is not None]
     if not peaks:
         return ""
     if not any("memory_reserved_gib" in row for row in record.rows):
         return (
-            "This training ran on a CPU, for which no plan is made. "
-            f"The process held {max(peaks):.2f} GiB of memory at its peak."
+            "This training ran on a CPU. No memory plan is made for a CPU. "
+            f"The process used at most {max(peaks):.2f} GiB of memory."
         )
     planned = record.plan.get("peak_bytes")
     if not isinstance(planned, int | float) or not planned:
-        return f"Tensors took {max(peaks):.2f} GiB at their peak. There is no plan.json."
+        return f"Tensors used at most {max(peaks):.2f} GiB. There is no plan.json."
     share = max(peaks) * GIB / planned
     return (
-        f"Tensors took {max(peaks):.2f} GiB at their peak, {share:.0%} of the {gib(int(planned))} "
-        "that were planned."
+        f"Tensors used at most {max(peaks):.2f} GiB. This is {share:.0%} of the planned "
+        f"{gib(int(planned))}."
     )
 
 
 def rows_of(value: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """Return the objects in a list of a JSON object; [] if there is none."""
+    """Return the objects in the list ``value[key]``; [] if it is not a list."""
     rows = value.get(key)
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def _verdict(when: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an evaluation as texts. What it lacks is a dash."""
+    """Return an evaluation as texts. A missing value becomes a dash."""
     models = rows_of(found, "models")
     shorter = [_in(row.get("shorter_chosen"), "pairs") for row in models]
     counted = next((f", {n:,} pairs" for n in shorter if isinstance(n, int)), "")
@@ -121,7 +124,7 @@ def _verdict(when: str, found: Mapping[str, Any]) -> dict[str, Any]:
         ("log odds", [_interval(row.get("log_odds")) for row in models]),
         ("NLL", [_interval(row.get("nll")) for row in models]),
         (
-            f"accuracy where chosen is shorter{counted}",
+            f"accuracy, chosen shorter{counted}",
             [_interval(_in(row.get("shorter_chosen"), "accuracy"), percent=True) for row in models],
         ),
     ]
@@ -163,7 +166,7 @@ def _in(value: Any, key: str) -> Any:
 
 
 def _interval(value: Any, *, percent: bool = False) -> tuple[str, str]:
-    """Return a value and its interval as texts: 62.5%, 58.1 to 66.9."""
+    """Return a value and its interval as two texts: ``62.5%`` and ``58.1 to 66.9``."""
     parts = [_in(value, key) for key in ("value", "low", "high")]
     parts = [value] if isinstance(value, int | float) else parts
     known = [float(part) for part in parts if isinstance(part, int | float) and math.isfinite(part)]
@@ -179,7 +182,7 @@ def _minus(text: str) -> str:
 
 
 def _data(record: RunRecord, data_texts: bool) -> dict[str, Any]:
-    """Return the figures of data.json as texts; what it lacks is left out."""
+    """Return the figures of data.json as texts; {} without data.json."""
     found = record.data
     if not found:
         return {}
@@ -264,7 +267,7 @@ def _settings(record: RunRecord, data_texts: bool) -> Iterator[dict[str, Any]]:
 
 
 def _shown(value: Any, data_texts: bool) -> str:
-    """Return a setting as text; for others a path without the folders that it is in."""
+    """Return a setting as text. Without ``data_texts`` a path is cut to its last part."""
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return ", ".join(_shown(name, data_texts) for name in value)
     if not isinstance(value, str):
@@ -288,7 +291,7 @@ def _versions(record: RunRecord) -> Iterator[tuple[str, str]]:
 def differing_settings(
     records: Sequence[RunRecord], labels: Sequence[str], data_texts: bool
 ) -> list[dict[str, Any]]:
-    """Return the settings that differ between runs, with the value in each."""
+    """Return the settings that differ between runs, with the value in each run."""
     keys = dict.fromkeys(key for record in records for key in record.settings)
     keys.pop("training.output_dir", None)
     rows = []

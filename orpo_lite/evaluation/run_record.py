@@ -1,4 +1,4 @@
-"""Read what a run folder holds for people, also of a run that is going on or damaged in part."""
+"""Read the content of a run folder for the report. The run may be training, or partly damaged."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,32 +15,32 @@ from orpo_lite.runs.lock import read_lock, read_recipe
 from orpo_lite.runs.records import RESULT, Sample, read_json, read_samples, readable_metrics
 
 VERDICTS = {"verdict.json": "At the end of the training", "eval.json": "Evaluated later"}
-"""Files in a run with the result of an evaluation, and when it was made."""
+"""File in a run with the result of an evaluation -> when the evaluation was made."""
 
 
 @dataclass
 class RunRecord:
-    """What a run folder holds. Files that cannot be read are left out, with a note."""
+    """The content of a run folder. A file that cannot be read is left out, with a note."""
 
     path: Path
     lock: Mapping[str, Any]
     settings: Mapping[str, Any]
-    """``section.key`` -> value in force."""
+    """``section.key`` -> its value, after the changes of resumed runs."""
     changes: Sequence[Change]
     rows: Sequence[Mapping[str, Any]]
-    """Those of metrics.jsonl."""
+    """The rows of metrics.jsonl."""
     data: Mapping[str, Any]
-    """data.json, or {}."""
+    """The content of data.json, or {}."""
     plan: Mapping[str, Any]
-    """plan.json, or {}."""
+    """The content of plan.json, or {}."""
     result: Mapping[str, Any]
-    """result.json of a finished training, or {}."""
+    """The content of result.json, or {}. A finished training has this file."""
     verdicts: Mapping[str, Mapping[str, Any]]
-    """When it was made -> the content of a file of VERDICTS."""
+    """When an evaluation was made -> the content of its file. See :data:`VERDICTS`."""
     answers: Sequence[Sample]
-    """Those of samples.jsonl."""
+    """The answers of samples.jsonl."""
     notes: list[str] = field(default_factory=list)
-    """What could not be read."""
+    """Sentences that say what could not be read."""
 
     @classmethod
     def read(cls, path: Path) -> "RunRecord":
@@ -85,22 +85,22 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
+        """The name of the run folder."""
         return self.path.resolve().name
 
     @cached_property
     def steps(self) -> int:
-        """The last step with metrics."""
+        """The number of the last step in metrics.jsonl; 0 without metrics."""
         return max((row["step"] for row in self.rows), default=0)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the training has ended, and was not resumed since."""
+        """True if the training has ended and made no further step since then."""
         return self.result.get("steps") == self.steps
 
     @property
     def planned_steps(self) -> int | None:
-        """The steps of the whole training; None if unknown."""
+        """The number of steps of the whole training; None if unknown."""
         steps = self.settings.get("training.max_steps")
         if isinstance(steps, int) and steps > 0:
             return steps
@@ -115,7 +115,10 @@ class RunRecord:
 
     @cached_property
     def length_rule(self) -> float | None:
-        """The measured accuracy on held-out pairs of a rule that only looks at length, if any."""
+        """The accuracy of a rule that prefers the longer reply, from the first evaluation.
+
+        None if no evaluation has it.
+        """
         for verdict in self.verdicts.values():
             rule = verdict.get("length_rule")
             value = rule.get("accuracy") if isinstance(rule, dict) else None
@@ -130,7 +133,10 @@ class RunRecord:
         return find_health(Curves.of(self.rows, self.settings, self.data, self.length_rule))
 
     def held_out(self, step: int | None) -> Mapping[str, Any]:
-        """Return the last evaluation at a step, or the last of all; {} without one."""
+        """Return the metrics of the last evaluation at ``step``; {} if there is none.
+
+        If ``step`` is None, the last evaluation at any step is returned.
+        """
         found = [
             row for row in self.rows if "eval_loss" in row and (step is None or row["step"] == step)
         ]
@@ -138,19 +144,19 @@ class RunRecord:
 
     @property
     def kept(self) -> Mapping[str, Any]:
-        """The evaluation of the adapter that was kept; of the last one while the run goes on."""
+        """The metrics of the kept adapter's evaluation; during the run, of the last evaluation."""
         kept = self.result.get("kept_step") if self.is_finished else None
         return self.held_out(kept if isinstance(kept, int) else None) or self.held_out(None)
 
     def source(self, key: str) -> str:
-        """Return where the value of a setting comes from."""
+        """Return where the value of a setting comes from, such as ``command line``."""
         changed = [change for change in self.changes if change.key == key]
         if changed:
             return f"changed after step {changed[-1].after_step:,}"
         sources = self.lock.get("sources")
         if isinstance(sources, dict):
             return str(sources.get(key, "default"))
-        # Runs of older versions did not record it.
+        # Runs of older versions did not record the sources.
         return "default" if self.settings[key] == default(key) else "recipe.yaml"
 
 

@@ -1,4 +1,4 @@
-"""Answers to a few prompts in the course of a training, for people to read."""
+"""Answer a few prompts at several steps of a training, so that people can read the answers."""
 
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ NEUTRAL = (
     "What is 17 plus 25? Say how you got there.",
     "Turn this into a question: The train leaves at nine.",
 )
-"""Prompts that belong to nobody's data, so that a model card can show the answers."""
+"""Prompts that come from no dataset, so that a model card can show their answers."""
 TEMPERATURE = 0.7
 UNANSWERED = "prompts are not answered"
 
@@ -34,15 +34,15 @@ class Prompt:
 
     source: Literal["neutral", "held-out"]
     text: str
-    """The text for people; "" if only the tokens are known."""
+    """The prompt's text; "" if only the tokens are known."""
     ids: Sequence[int]
-    """The prompt's tokens, as in training."""
+    """The prompt's tokens, in the form that a training uses."""
 
 
 def find_prompts(recipe: Recipe, inputs: Inputs) -> Generator[Update, None, list[Prompt]]:
-    """Return the neutral prompts and those of held-out pairs, before the training.
+    """Return up to ``output.samples`` neutral prompts, and as many prompts of held-out pairs.
 
-    Errors are found before the training too: they are noted, and there are no prompts then.
+    On an error, yield a note and return no prompts.
     """
     neutral = NEUTRAL[: recipe.output.samples]
     found: list[list[int] | str] = []
@@ -67,16 +67,17 @@ def find_prompts(recipe: Recipe, inputs: Inputs) -> Generator[Update, None, list
 class SampleWriter:
     """Answers prompts at several steps of a training, and appends the answers to samples.jsonl.
 
-    The training is not changed by a single bit: :class:`Answerer` leaves weights, modes and
-    generators as they are. Answers depend on the seed, the prompt and the weights, so a step that
-    is answered already is not answered again.
+    The trained weights are bit for bit the same with and without answers, because
+    :class:`Answerer` restores the weights, the mode and the random generators. An answer depends
+    only on the seed, the prompt and the weights. So if a prompt has an answer at a step already, it
+    is not answered again at that step.
 
     Args:
         recipe: the recipe of the run.
-        prompts: from :func:`find_prompts`.
-        model: the model that is trained.
-        path: the run folder, with tokenizer and generation config in ``adapter/``.
-        stop: signals received: with one, no further prompt is answered.
+        prompts: the prompts from :func:`find_prompts`.
+        model: the model in training.
+        path: the run folder, with the tokenizer and the generation config in ``adapter/``.
+        stop: the signals received so far. After a signal no further batch is answered.
     """
 
     def __init__(
@@ -97,21 +98,24 @@ class SampleWriter:
     @cached_property
     def _answerer(self) -> Answerer:
         generation, _ = read_generation_config(self.path / "adapter")
-        # A pass of the training has so many tokens, so a batch of them has room.
+        # A batch with as many tokens as a pass of the training fits into memory.
         return Answerer(self.model, generation, tokens=self.recipe.micro_batch_tokens)
 
     def follow(self, updates: Iterable[Update]) -> Generator[Update, None, None]:
-        """Yield the updates of a training, and answer the prompts after each evaluation."""
+        """Yield the updates of a training, and answer the prompts after each evaluation.
+
+        After an error, no more prompts are answered during the training.
+        """
         for update in updates:
             yield update
             if update.kind == "eval" and not self.is_failing:
                 yield from self.answer(update.step)
 
     def answer(self, step: int) -> Generator[Update, None, bool]:
-        """Write the answers of ``step`` that the file lacks; return whether it has all of them.
+        """Write the answers of ``step`` that samples.jsonl does not have yet.
 
-        Those of step 0 are the base's: the adapter is switched off. An error is noted and loses
-        only answers.
+        At step 0 the adapter is switched off, so the base answers. Return False if a signal stopped
+        it, else True. On an error it yields a note, and only answers are lost.
         """
         rows = []
         if not self.prompts:
@@ -154,7 +158,7 @@ class SampleWriter:
         return True
 
     def _missing(self, step: int) -> list[tuple[Prompt, str]]:
-        """Return the prompts without an answer of ``step``, with their texts."""
+        """Return the prompts that have no answer at ``step`` yet, with their texts."""
         known = {
             (sample.source, sample.prompt)
             for sample in read_samples(self.path)

@@ -1,4 +1,4 @@
-"""Score pairs by a loaded model: the log-probabilities of both replies of each pair."""
+"""Score pairs with a loaded model: compute the log-probabilities of both replies of each pair."""
 
 from collections.abc import Generator, Sequence
 
@@ -18,15 +18,17 @@ def score_pairs(
     stage: str,
     route: Route | None = None,
 ) -> Generator[Update, None, PairLogps]:
-    """Return the scores of P pairs, (P,) float64 each, in their order; ``model.route`` is set.
+    """Return the scores of P pairs in their order: tensors of shape (P,) in float64.
+
+    The route that was used stays set as ``model.route``.
 
     Args:
-        model: the model with or without an adapter.
-        pairs: the pairs.
-        recipe: says how pairs are packed.
-        stage: the name of this task in its updates.
-        route: how pairs go through the model; None: the fastest route that the probe finds equal to
-            the model's own.
+        model: the model, with or without an adapter.
+        pairs: the P pairs.
+        recipe: the recipe that says how pairs are packed.
+        stage: the name of this task in the updates.
+        route: how pairs go through the model. None: if the recipe packs pairs, the probe chooses
+            the fastest route whose results equal those of the model's own forward pass.
     """
     yield Update("stage", stage)
     if route:

@@ -1,4 +1,4 @@
-"""Verify a merged model: score the same held-out pairs with it and with base and adapter."""
+"""Verify a merged model: compare its scores of held-out pairs with the base plus the adapter."""
 
 import itertools
 from collections.abc import Generator, Sequence
@@ -32,10 +32,12 @@ from orpo_lite.runs.lock import refuse_other_pairs
 from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, with_torch_defaults
 
-PAIRS = 200  # at most so many are compared
-EXACT = 1e-4  # effect of another order of sums on a mean log-probability in float32
-ROUNDINGS = 4  # so many times one more rounding of the first layer's input, as the probe allows
-LOST = 0.25  # share of the adapter's effect that rounding the sum to 16 bit may cost
+PAIRS = 200  # most pairs to compare
+EXACT = 1e-4  # a float32 mean log-probability changes by up to this if sums have another order
+# In 16 bit, a difference is allowed up to this many times the effect of rounding the first layer's
+# input once more. The probe uses the same factor.
+ROUNDINGS = 4
+LOST = 0.25  # rounding the merged weights to 16 bit may cost this share of the adapter's effect
 
 
 @dataclass(frozen=True)
@@ -46,43 +48,49 @@ class Row:
     accuracy: float
     """Share of pairs whose chosen reply has the higher mean log-probability."""
     margin: float
-    """Mean difference of the mean log-probabilities of chosen and rejected."""
+    """Mean log-probability of the chosen reply minus that of the rejected reply, averaged over the
+    pairs."""
     chosen: float
-    """Mean log-probability of the chosen replies."""
+    """Mean log-probability of the chosen replies, averaged over the pairs."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of comparing a merged model."""
+    """The result of comparing a merged model with the base that it was merged onto."""
 
     rows: tuple[Row, ...]
-    """As trained; base and adapter in 16 bit; merged."""
+    """One row for each model: first the base with the adapter, in 4 bit, in 16 bit or both; then
+    the merged model."""
     pairs: int
     held_out: bool
-    """False if the run held out no pairs, so that pairs of its training were compared."""
+    """False if the run held out no pairs. Then pairs of its training were compared."""
     difference: float
-    """Largest difference of a mean log-probability between merged and its base with the adapter."""
+    """Largest difference of a mean log-probability between the merged model and the base with the
+    adapter."""
     effect: float
-    """Largest difference of a mean log-probability that the adapter makes to that base."""
+    """Largest difference of a mean log-probability between the base with and without the adapter.
+    """
     bound: float
-    """Limit of ``difference``: :data:`EXACT`, or in 16 bit :data:`LOST` of ``effect``."""
+    """Limit of ``difference``: :data:`EXACT`. If the merged weights are in 16 bit or were compared
+    on a GPU, it is at least :data:`LOST` times ``effect``."""
     rounding: float = 0.0
-    """What rounding explains of ``difference`` where the models compute in half precision."""
+    """The difference that rounding alone can make if the models compute in 16 bit, else 0. A
+    ``difference`` of up to this value passes, even if it is above ``bound``."""
     missing: tuple[str, ...] = ()
-    """Tensors of the base's files that the merged model does not have in the same shape."""
+    """Names of the base's tensors that the merged model does not have in the same shape."""
     kept: Kept | None = None
-    """How much of the adapter's gain on the pairs the merged model keeps."""
+    """The share of the adapter's gain on the pairs that the merged model keeps."""
     base_log_odds: tuple[float, ...] = ()
-    """The log odds ratio of each pair by the weights that were merged onto, without the adapter."""
+    """Log odds ratio of each pair, computed with the base that was merged onto."""
     trained_gain: tuple[float, ...] = ()
-    """What the adapter adds to the log odds ratio of each pair, as trained."""
+    """What the adapter as trained adds to the log odds ratio of each pair."""
 
     @property
     def outcome(self) -> str:
-        """passed, FAILED, or cannot tell.
+        """``passed``, ``FAILED`` or ``cannot tell``.
 
-        The last one is for an adapter that changes less than rounding does: a lost adapter would
-        not show. NaN fails.
+        It is ``cannot tell`` if the adapter changes the model less than rounding does, because then
+        the comparison cannot show whether the adapter was lost. A difference of NaN is ``FAILED``.
         """
         if self.missing or not self.difference <= max(self.bound, self.rounding):
             return "FAILED"
@@ -90,20 +98,20 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether all tensors exist and the difference is within the bound."""
+        """True if :attr:`outcome` is ``passed``."""
         return self.outcome == "passed"
 
     @property
     def explanation(self) -> str:
-        """The reason of the verdict, in words."""
+        """The reason for the outcome, in words."""
         allowed = max(self.bound, self.rounding)
-        text = f"log-probabilities differ by {self.difference:.2g} at most (bound {allowed:.2g})"
+        text = f"log-probabilities differ by at most {self.difference:.2g} (limit {allowed:.2g})"
         if self.missing:
             count, first = len(self.missing), self.missing[0]
             text = f"{count} of the base's tensors are missing ({first} ...); {text}"
         text = f"{text}; the adapter changes them by up to {self.effect:.2g}"
         if self.outcome == "cannot tell":
-            text += ", which is less than rounding in half precision does"
+            text += ", which is less than rounding to 16 bit changes them"
         return text
 
     def to_json(self) -> dict[str, Any]:
@@ -115,20 +123,21 @@ class Verdict:
 def compare_merged(
     run_folder: str | Path, *, weights: Weights = "original", base_path: str | Path | None = None
 ) -> Generator[Update, None, Verdict]:
-    """Compare the merged model of a run with its base and adapter, on pairs that the run held out.
+    """Compare the merged model of a run with the base plus the adapter, on held-out pairs.
 
-    Writes ``verify.json`` next to the merged weights. Loads the models one after the other, on the
-    GPU if there is one.
+    Writes ``verify.json`` next to the merged weights. Loads one model after the other, on the GPU
+    if there is one.
 
     Args:
-        run_folder: folder of a run that is merged.
-        weights: which of its merged models; it is compared on the weights that it was merged onto.
-        base_path: where the base is now, if it is a folder that was moved.
+        run_folder: the folder of a run that was merged.
+        weights: which merged model of the run. ``original`` was merged onto the original base and
+            is compared with it; ``dequantized`` with the dequantized 4-bit base.
+        base_path: where the base is now, if its folder was moved.
 
     Raises:
-        CheckpointError: the run has no merged model.
+        CheckpointError: the run has no such merged model, or its data changed.
         FitError: a model in 16 bit does not fit the GPU.
-        OrpoLiteError: base or data can no longer be read.
+        OrpoLiteError: the base or the data can no longer be read.
     """
     path = Path(run_folder).expanduser()
     try:
@@ -140,7 +149,7 @@ def compare_merged(
         raise FitError(
             where=f"verifying {path}",
             found=f"the GPU is out of memory ({first_line(error)})",
-            expected="enough memory for the model in 16 bit; the merged model is not changed",
+            expected="enough memory for the model in 16 bit (the merged model is not changed)",
             fix=Command(line, " compares on the CPU, which is slow"),
         ) from error
 
@@ -168,7 +177,7 @@ def _compare(
             with model.without_adapter():
                 plain, _ = yield from _score(model, pairs, recipe, "the 4-bit base", route)
             trained_gain_P = pair_log_odds(found) - pair_log_odds(plain)
-            del model  # before the next one is loaded
+            del model  # free the memory before the next model is loaded
     if weights == "original":
         yield Update("stage", "loading the base with the adapter")
         model = load_pair_model(trained.loading.override(in_16bit), base, device)
@@ -221,12 +230,13 @@ def _compare(
 def read_gains(
     path: Path, weights: Weights, base_path: str | Path | None
 ) -> Generator[Update, None, tuple[Numbers, Numbers]]:
-    """Return (P,) log odds ratios of the base, and what the adapter adds to them as trained.
+    """Return for each pair the log odds ratio of the base, and the gain of the trained adapter.
 
-    They are those of verify.json; the merged model is compared first if there is none.
+    The gain is what the adapter adds to the log odds ratio. Both arrays have shape (P,). They are
+    read from verify.json. If that file does not have them, the merged model is compared first.
 
     Raises:
-        OrpoLiteError: as :func:`compare_merged`.
+        OrpoLiteError: the merged model cannot be compared; see :func:`compare_merged`.
     """
     file = find_merged(path, weights) / "verify.json"
     record = read_json(file) if file.is_file() else {}
@@ -240,13 +250,15 @@ def read_gains(
 def pairs_to_compare(
     trained: FoundModel, path: Path
 ) -> Generator[Update, None, tuple[list[TokenizedPair], bool]]:
-    """Return the first held-out pairs of a run and True; without any, pairs of its training.
+    """Return at most :data:`PAIRS` pairs of a run, and whether they are held out.
+
+    They are the first held-out pairs. If the run has none, they are its first training pairs.
 
     Raises:
         CheckpointError: the data changed since the training.
     """
     inputs = yield from prepare_inputs(trained.recipe)
-    refuse_other_pairs(path, inputs, "restore them; the merged model is not changed")
+    refuse_other_pairs(path, inputs, "restore the data; the merged model is not changed")
     held_out = len(inputs.test) > 0
     return list(itertools.islice(inputs.test if held_out else inputs.train, PAIRS)), held_out
 
@@ -265,9 +277,10 @@ def _score(
     by: str,
     route: Route | None = None,
 ) -> Generator[Update, None, tuple[Tensor, Route]]:
-    """Return mean log-probabilities of chosen and rejected replies, and the route of the pairs.
+    """Return the mean log-probabilities of the replies, and the route that the pairs took.
 
-    The shape is (2, P), in float64. ``by`` names the model in updates.
+    The log-probabilities have shape (2, P): chosen, rejected, in float64. ``by`` names the model in
+    updates.
     """
     scores = yield from score_pairs(model, pairs, recipe, f"scoring pairs by {by}", route)
     return torch.stack([scores.chosen_P, scores.rejected_P]), model.route

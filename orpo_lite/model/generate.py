@@ -1,4 +1,4 @@
-"""Answer prompts with a loaded model: many in one batch with a KV cache, or one as a stream."""
+"""Answer prompts with a loaded model: many prompts in a batch, or one prompt as a stream."""
 
 import hashlib
 import threading
@@ -22,10 +22,10 @@ from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel
 from orpo_lite.ops.devices import is_on_host, is_out_of_memory
 from orpo_lite.ops.layers import embed_on_device, embed_on_host
 
-CACHE_BYTES = 2 << 30  # of the keys and values of one batch
+CACHE_BYTES = 2 << 30  # most bytes for the keys and values of one batch
 ROWS = 64  # most prompts in one batch
-# What a padded row may change in the logits, in their standard deviations: another order of sums
-# does less, a wrong position or a padding token that is attended to does more.
+# Padding may change the logits by this much, in standard deviations of the logits. Another order of
+# sums changes them less. A wrong position, or attention to padding, changes them more.
 SAME = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -34,25 +34,25 @@ class Decoding:
     """How answers are chosen."""
 
     max_new_tokens: int
-    """Most tokens of an answer; fewer where the model has no more positions."""
+    """Most tokens of an answer. An answer also ends at the model's last position."""
     temperature: float = 0.0
-    """0: always the likeliest token."""
+    """0: always choose the most likely token."""
     seed: int = 42
-    """A sampled answer depends on it and on the tokens of its own prompt, not on others in the
-    batch, apart from the rounding of sums."""
+    """The seed of sampled answers. A sampled answer depends on the seed and on its own prompt. The
+    other prompts of a batch change it only through the rounding of sums."""
 
 
 class Answerer:
-    """Continues prompts with a model: greedily or by sampling, many at a time.
+    """Answers prompts with a model, greedily or by sampling, in batches or as a stream.
 
     Args:
-        model: as a training or :mod:`orpo_lite.evaluation.open_run` loaded it. Its weights, its
-            mode and torch's generators are the same after an answer as before it.
+        model: the model, as loaded by a training or by :mod:`orpo_lite.evaluation.open_run`.
+            Answering does not change its weights, its mode or torch's random generators.
         generation: a generation config with the tokens that end an answer
-            (:func:`orpo_lite.base.generation.with_ends`). Its beams, stop strings and outputs are
-            not used.
-        tokens: most tokens of a batch, prompts and answers together; None: as many as have their
-            keys and values in :data:`CACHE_BYTES`.
+            (:func:`orpo_lite.base.generation.with_ends`). Its settings for beams, stop strings and
+            outputs are ignored.
+        tokens: most tokens of a batch, prompts and answers together. None: as many tokens as fit
+            :data:`CACHE_BYTES` with their keys and values.
     """
 
     def __init__(
@@ -72,16 +72,20 @@ class Answerer:
     def room(self, prompt: Sequence[int]) -> int:
         """Return how many tokens an answer can have before the model's positions end.
 
-        There is none for an empty prompt.
+        It is 0 for an empty prompt, and 0 or less for a prompt that is too long.
         """
         return self.positions - len(prompt) if len(prompt) else 0
 
     def batches(self, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
-        """Return the prompts' indices in batches, the longest prompts first.
+        """Return the indices of the prompts in batches, the longest prompts first.
 
-        Prompts for which the positions end before ``limit`` are alone, so that no answer is cut
-        for the prompts next to it. Prompts without any room are left out. The batches depend on the
-        prompts only: a command that is repeated makes the same ones.
+        A prompt with room for fewer than ``limit`` tokens is in a batch of its own, so that it does
+        not shorten the answers to other prompts. A prompt with no room is left out. The same model,
+        prompts and limit always give the same batches, so a repeated command answers as before.
+
+        Args:
+            prompts: the tokens of each prompt.
+            limit: most tokens of an answer.
         """
         found: list[list[int]] = []
         width = 0
@@ -106,10 +110,16 @@ class Answerer:
         adapter: bool = True,
         done: Collection[int] = (),
     ) -> Iterator[dict[int, list[int]]]:
-        """Yield the answers of each batch, by the prompts' indices; without the end's token.
+        """Yield for each batch {index of a prompt: tokens of its answer, without the end token}.
 
-        Without ``adapter`` they are the base's. Batches whose prompts are all ``done`` are skipped.
-        If the GPU is out of memory, the halves of a batch are tried, down to single prompts.
+        If the GPU is out of memory, a batch is split into halves, down to single prompts.
+
+        Args:
+            prompts: the tokens of each prompt.
+            decoding: how the answers are chosen.
+            adapter: False: answer without the adapter, as the base.
+            done: indices of prompts that have an answer. If all prompts of a batch have one, the
+                batch is skipped.
         """
         for rows in self.batches(prompts, decoding.max_new_tokens):
             if all(index in done for index in rows):
@@ -137,7 +147,8 @@ class Answerer:
         self, prompts: Sequence[Sequence[int]], decoding: Decoding, **options: Any
     ) -> list[list[int]]:
         limit = min(decoding.max_new_tokens, *map(self.room, prompts))
-        # The sampler chooses by the largest score, so that each row has a generator of its own.
+        # generate() takes the largest score, and _Sampler makes it a sample. transformers' own
+        # sampling cannot use one random generator for each row.
         processors = [_Sampler(prompts, self.sampling, decoding)] if decoding.temperature else []
         output = self._generate(prompts, limit, logits_processor=processors, **options)
         return [self._without_end(row) for row in output.sequences.tolist()]
@@ -149,12 +160,12 @@ class Answerer:
     def _generate(
         self, prompts: Sequence[Sequence[int]], limit: int, *, stops: bool = True, **options: Any
     ) -> Any:
-        """Return transformers' output for prompts of any lengths; only the new tokens are in it.
+        """Return the output of transformers for prompts of any lengths, with only the new tokens.
 
-        Without ``stops`` all ``limit`` tokens are made, and the output has their logits.
+        If ``stops`` is False, all ``limit`` tokens are made, and the output has their logits.
         """
         width, device = max(map(len, prompts)), self.model.device
-        # On the left, so that each row goes on at its end.
+        # Pad on the left, so that the last column holds the last token of each prompt.
         ids_RT = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
         mask_RT = torch.zeros_like(ids_RT)
         for row, prompt in enumerate(prompts):
@@ -182,16 +193,16 @@ class Answerer:
 
     @cached_property
     def padding_fault(self) -> str:
-        """Why prompts cannot share a batch with this model; "" if they can.
+        """Why this model cannot answer prompts of several lengths in one batch; "" if it can.
 
-        Random prompts of several lengths are continued by given tokens, in one padded batch and
-        one at a time. Both must have the same logits, within :data:`SAME`.
+        To find out, random prompts of several lengths are continued with given tokens, in one
+        padded batch and one at a time. The logits must be equal within :data:`SAME`.
         """
         numbers = torch.Generator().manual_seed(0)
         vocabulary = min(256, self.model.config.get_text_config().vocab_size)
         lengths, steps = (4, 9, 23), 3
         if self.positions <= max(lengths) + steps:
-            return "it has very few positions"
+            return "the model has very few positions"
         made = [
             torch.randint(vocabulary, (length + steps,), generator=numbers).tolist()
             for length in lengths
@@ -206,19 +217,21 @@ class Answerer:
         except MODEL_CODE_ERRORS as error:
             if is_out_of_memory(error):
                 raise
-            return f"its code does not take padded rows ({first_line(error)[:80]})"
+            return f"the model's code fails for padded rows ({first_line(error)[:80]})"
         difference = (together_SRV - alone_SRV).std() / alone_SRV.std()
         is_same = difference <= SAME.get(self.model.causal.dtype, SAME[torch.bfloat16])
-        return "" if is_same else f"padding changes its logits by {float(difference):.2g}"
+        if is_same:
+            return ""
+        return f"padding changes the model's logits by {float(difference):.2g} of their deviation"
 
     @property
     def note(self) -> str:
-        """A sentence for people if prompts are answered one at a time; else ""."""
+        """A sentence for people if the prompts are answered one at a time; else ""."""
         fault = self.padding_fault
-        return f"prompts are answered one at a time: with this model {fault}" if fault else ""
+        return f"the prompts are answered one at a time, because {fault}" if fault else ""
 
     def _forced(self, prompts: Sequence[Sequence[int]], given_RS: Tensor) -> Tensor:
-        """Return the logits that precede each of the given tokens, of shape (S, R, V)."""
+        """Return the logits at each of S steps, shape (S, R, V), if given tokens are generated."""
         forced = [_Forced(given_RS)]
         output = self._generate(prompts, given_RS.shape[1], stops=False, logits_processor=forced)
         return torch.stack(output.logits).float()
@@ -231,10 +244,10 @@ class Answerer:
         *,
         adapter: bool = True,
     ) -> Iterator[str]:
-        """Yield the text of an answer piece by piece; a piece ends at a space where there are any.
+        """Yield the text of an answer piece by piece. Pieces end at spaces if the text has spaces.
 
-        transformers' own loop runs in a thread. It ends at its next token when this generator is
-        closed, or when an exception such as KeyboardInterrupt is raised in it.
+        ``generate`` of transformers runs in a thread. If this generator is closed, or an exception
+        such as KeyboardInterrupt is raised in it, the thread ends at its next token.
         """
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         stopped, errors = threading.Event(), list[BaseException]()
@@ -261,26 +274,29 @@ class Answerer:
 
 
 def prompt_seed(seed: int, prompt: Sequence[int]) -> int:
-    """Return the seed of the generator that samples the answer to a prompt, below 2**32."""
+    """Return the seed for sampling the answer to a prompt, below 2**32.
+
+    It depends on ``seed`` and on the tokens of ``prompt``.
+    """
     text = f"{seed} {[int(token) for token in prompt]}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
 
 
 class _Sampler:
-    """A logits processor: it turns logits into scores whose largest is a sample of their softmax.
+    """A logits processor that samples: the token with the largest score it returns is the sample.
 
-    Probabilities are divided by exponential noise, as ``torch.multinomial`` does. transformers'
-    sampling has one generator for all rows; here each row has its own.
+    It divides the probabilities by exponential noise, as ``torch.multinomial`` does. Each row has
+    its own random generator, while the sampling of transformers has one for all rows.
     """
 
     def __init__(
         self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], decoding: Decoding
     ) -> None:
-        # On the CPU, so that the noise is the same for any device.
+        # Generators on the CPU make the same noise for any device.
         self.generators = [
             torch.Generator().manual_seed(prompt_seed(decoding.seed, prompt)) for prompt in prompts
         ]
-        # In transformers' order, and with its default of top_k.
+        # The order and the default of top_k are those of transformers.
         make = {
             "temperature": logits_process.TemperatureLogitsWarper,
             "top_k": logits_process.TopKLogitsWarper,
@@ -307,7 +323,7 @@ class _Sampler:
 
 
 class _Forced:
-    """A logits processor: it makes given tokens the likeliest, step by step."""
+    """A logits processor that makes the given token of each step the most likely one."""
 
     def __init__(self, given_RS: Tensor) -> None:
         self.given_RS, self.step = given_RS, 0
@@ -319,7 +335,7 @@ class _Forced:
 
 
 class _Stopped:
-    """A stopping criterion: an event that another thread sets."""
+    """A stopping criterion that stops when another thread sets an event."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
@@ -331,10 +347,11 @@ class _Stopped:
 
 @contextmanager
 def _ready(model: PairModel) -> Iterator[None]:
-    """Set what ``generate`` needs inside the ``with`` block.
+    """Prepare a model for ``generate`` of transformers inside the ``with`` block.
 
-    generate() allocates on the device of the first parameter, which may be the embedding in host
-    memory. Sampling needs a sum that has no deterministic kernel on a GPU (full_determinism).
+    An embedding in host memory is moved to the GPU, because ``generate`` allocates on the device of
+    the first parameter. Deterministic algorithms (``training.full_determinism``) are switched off,
+    because sampling needs a sum that has no deterministic kernel on a GPU.
     """
     embedding = model.causal.get_input_embeddings()
     is_moved = is_on_host(embedding.weight) and "forward" in vars(embedding)
@@ -351,7 +368,10 @@ def _ready(model: PairModel) -> Iterator[None]:
 
 
 def _cache_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Return the bytes of the keys and values of one token, by a model's text configuration."""
+    """Return the bytes of one token's keys and values in all layers.
+
+    ``config`` is the model's text configuration.
+    """
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = getattr(config, "num_key_value_heads", None) or heads

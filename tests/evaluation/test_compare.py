@@ -205,7 +205,7 @@ def test_a_model_against_itself_differs_by_exactly_nothing() -> None:
     assert (found.outcome, found.pairs_needed) == ("cannot tell", None)
     for difference in vars(found.differences).values():
         assert (difference.value, difference.low, difference.high) == (0, 0, 0)
-    assert "score 30 held-out pairs alike" in found.text
+    assert "have equal scores on 30 held-out pairs" in found.text
 
 
 def test_few_prompts_and_unknown_scores_tell_nothing() -> None:

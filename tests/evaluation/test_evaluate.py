@@ -69,7 +69,7 @@ def test_a_run_is_scored_as_in_its_training_and_its_base_by_the_same_load(
     assert (ours["against"], ours["outcome"]) == ("base", known["outcome"])
     assert found["length_rule"] == verdict["length_rule"]
     assert printed.count("loading") == 1
-    assert "those that the run held out" in printed
+    assert "the pairs that the run held out" in printed
     assert ours["text"] in printed
 
 
@@ -80,7 +80,7 @@ def test_other_pairs_are_scored_and_those_trained_on_are_named(
     found, said = evaluated(run, data=["data.dataset_name=pairs.jsonl"])
     assert (found.pairs, found.held_out) == (40, False)
     assert (
-        f"warning: {run} was trained on the prompts of 32 of the 40 pairs: it will look too good"
+        f"warning: {run} was trained on the prompts of 32 of the 40 pairs, so its results will look too good"
         in said
     )
     assert "40 pairs of pairs.jsonl: all pairs" in said
@@ -148,7 +148,7 @@ def test_what_cannot_be_compared_is_said(trained: Trained, workspace: Path) -> N
     cases: list[tuple[tuple[Any, ...], dict[str, Any], type[OrpoLiteError], str]] = [
         ((), {}, RecipeError, "no model to score"),
         (("./base",), {}, RecipeError, "no pairs to score"),
-        ((run,), {"data": ["lora.r=4"]}, RecipeError, "neither a model nor a key of data"),
+        ((run,), {"data": ["lora.r=4"]}, RecipeError, "is not data.KEY=VALUE"),
         ((run,), {"data": ["data.max_lenght=4"]}, RecipeError, "max_length"),
         (("./base",), {"against": "base", "data": ["data.dataset_name=pairs.jsonl"]},
          CheckpointError, "no adapter to switch off"),

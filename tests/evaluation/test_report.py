@@ -421,5 +421,5 @@ def test_live_follows_the_run_and_ends_calmly(
         server.send_signal(signal.SIGINT)
         said, complaint = server.communicate(timeout=30)
     assert server.returncode == 0
-    assert complaint.strip() == "stopped; the run itself goes on"
+    assert complaint.strip() == "the report is no longer served; the run is not affected"
     assert "the run has finished" in said

@@ -995,7 +995,7 @@ def test_an_adapter_that_changes_less_than_rounding_is_no_failure(
     code, said, complaint = call("merge", str(result.run), "--verify")
     assert code == 0, complaint
     assert "cannot tell: log-probabilities differ by" in said
-    assert "less than rounding in half precision" in said
+    assert "less than rounding to 16 bit" in said
 
 
 @pytest.mark.parametrize("error", first_and_long(OUT_OF_MEMORY), ids=str)

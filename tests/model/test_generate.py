@@ -157,7 +157,7 @@ def test_a_model_that_padding_changes_answers_one_at_a_time(
     if fault == "positions" and make is tiny_llama:  # rotary positions are relative
         assert answerer.note == ""
         return
-    assert "one at a time: with this model padding changes its logits" in answerer.note
+    assert "one at a time, because padding changes the model's logits" in answerer.note
     assert max(map(len, answerer.batches(prompts_of(8), 8))) == 1
 
 

@@ -97,7 +97,7 @@ def test_another_rate_and_length_hold_from_the_next_step_on_as_if_begun_so(
     assert rates(run) == [*before, *(1e-3 * factor(step) for step in range(4, 8))]
     assert (result.steps, recipe.training.max_steps, recipe.training.learning_rate) == (8, 8, 1e-3)
     assert "changed after step 4: training.learning_rate: 0.01 -> 0.001" in notes
-    assert f"step 5 of 8 has the learning rate {1e-3 * factor(4):.3g}" in notes
+    assert f"the learning rate of step 5 of 8 is {1e-3 * factor(4):.3g}" in notes
     card = (run / "README.md").read_text()
     assert "| `training.learning_rate` | 0.01, then 0.001 after step 4 |" in card
     assert "| `training.max_steps` | -1, then 8 after step 4 |" in card
