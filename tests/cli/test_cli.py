@@ -150,7 +150,7 @@ def test_show_prints_the_whole_recipe_and_what_it_prints_is_that_recipe(
     shown = load_recipe(str(tmp_path / "shown.yaml"))
     assert code == 0
     assert dict(shown.items()) == dict(load_recipe("llama2-7b-qlora").items())
-    assert "λ in the paper" in said
+    assert "The paper calls it λ" in said
 
 
 def test_cp_writes_a_recipe_to_edit_and_never_over_another(
