@@ -72,7 +72,7 @@ def order(folder: str) -> list[str]:
 
     ``; further`` behind them says that more may be added on top, which do not import each other.
     """
-    said = (ast.get_docstring(tree(f"{folder}/__init__")) or "").partition("Order: ")[2]
+    said = (ast.get_docstring(tree(f"{folder}/__init__")) or "").partition("Import order: ")[2]
     named, further, _ = said.partition("; further")
     return re.findall(r"\w+", named) + ([FURTHER] if further else [])
 

@@ -1,4 +1,4 @@
 """Find, download and check base models and adapters. Read and write safetensors files.
 
-Order: download, config, adapter, find, generation, blocks, weights.
+Import order: download, config, adapter, find, generation, blocks, weights.
 """

@@ -61,7 +61,7 @@ def push(
     base: Annotated[
         Literal["original", "dequantized"],
         typer.Option(
-            help="With --merged: push the model that `merge --base` made with this value."
+            help="With --merged: the value that `merge --base` had for the model to push."
         ),
     ] = "original",
     public: Annotated[

@@ -279,9 +279,9 @@ def _templated(count: int, pairs: int) -> DataError:
 def show_row(
     data: DataSection, sources: Sequence[Source], load: LoadTokenizer, place: str
 ) -> dict[str, Any]:
-    """Return the row at a place, such as pairs.csv:3, as text segments for display.
+    """Return a dict with the text segments of the row at ``place``, such as pairs.csv:3.
 
-    The key ``dropped`` holds the reason to leave the row out, or None. Raises DataError.
+    Its value of "dropped" is the reason to leave the row out, or None. Raises DataError.
     """
     pair, reason = PairReader(data, sources).find(place)
     tokenizer = load()

@@ -97,7 +97,7 @@ def _tokenize_split(
 
 
 def figure_updates(found: Mapping[str, Any]) -> Iterator[Update]:
-    """Yield the figures that a person must see before training, as notes."""
+    """Yield notes with the numbers that a person must see before training."""
     for sentence in (*found["format"], found["chat_template"], found["tokenizer"]):
         if sentence:
             yield Update("note", sentence)

@@ -3,5 +3,5 @@
 Heavy libraries are imported inside the checks. If one of them is broken, only the check that
 imports it reports a fault. The other checks still run.
 
-Order: check, kernels, machine, run, bug_report.
+Import order: check, kernels, machine, run, bug_report.
 """

@@ -1,5 +1,5 @@
 """Evaluate a trained model. ``model/held_out.py`` computes the metrics on held-out pairs.
 
-Order: intervals, gain, compare, judge, score, open_run, evaluate, samples, verify, answers, chat,
-health, run_record, charts, report_texts, report, live.
+Import order: intervals, gain, compare, judge, score, open_run, evaluate, samples, verify, answers,
+chat, health, run_record, charts, report_texts, report, live.
 """

@@ -1,4 +1,4 @@
-"""Compute which share of an adapter's gain a merged model or an exported file keeps."""
+"""Compute how much of an adapter's gain is kept in a merged model or in an exported file."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Judge a training: compare the recorded scores of the start and of the kept adapter."""
+"""Judge a training: compare the scores before the training with those of the kept adapter."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
 """Export a merged model to llama.cpp, Ollama and vLLM.
 
-Order: gguf_family, gguf_file, gguf_tokenizer, llama_cpp, ollama_template, targets.
+Import order: gguf_family, gguf_file, gguf_tokenizer, llama_cpp, ollama_template, targets.
 """

@@ -1,4 +1,4 @@
 """Merge an adapter into the weights of its base.
 
-Order: names, deltas, plan, merge.
+Import order: names, deltas, plan, merge.
 """

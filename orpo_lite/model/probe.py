@@ -28,9 +28,10 @@ from orpo_lite.ops.devices import dtype_name
 
 
 def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
-    """Compare routes with the model's own code on random pairs. Use the fastest that agrees.
+    """Compare our forward passes with the model's own on random pairs. Use the fastest correct one.
 
-    If a simpler route is used, ``model.notes`` gives the reason. A route can give wrong results for
+    A route is one way to send pairs through the model, such as packed into one row. If a simpler
+    route is used, ``model.notes`` gives the reason. A route can give wrong results for
     a model with position biases (ALiBi), linear or sparse attention, attention sinks, positions
     that are counted along the row, or changes of the logits that ``pair_model.find_head`` does not
     know.

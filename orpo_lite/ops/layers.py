@@ -215,9 +215,9 @@ class HostPool:
     def place_for(self, tensor: Tensor, expected: int) -> _Place:
         """Return a place for a tensor. If no slab has enough free bytes, allocate a new slab.
 
-        ``expected`` tensors of this size are still to come, this one included. The size of the new
-        slab is the largest power of two that is not larger than these tensors, so little memory is
-        unused. A slab is always large enough for this tensor.
+        ``expected`` is the number of tensors of this size still to place, with this one. The size
+        of the new slab is the largest power of two that is not larger than these tensors, so little
+        memory is unused. A slab is always large enough for this tensor.
         """
         size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         fitting = [slab for slab in self._slabs if slab.free_bytes >= size]

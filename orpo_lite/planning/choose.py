@@ -61,7 +61,7 @@ def choose_memory(
         why = "has other memory settings than the recipe" if still_fits else "does not fit any more"
         yield Update(
             "note",
-            f"the plan of the run's start {why}: the run is planned again, and its results may "
+            f"the plan made when the run started {why}. A new plan is made, and results may "
             "differ in the last bits",
         )
     yield Update("stage", "planning the memory of a step")

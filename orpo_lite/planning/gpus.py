@@ -64,9 +64,9 @@ HOPPER = (9, 0)
 
 
 def allowances(step: int, gpu: Gpu | None, *, deterministic: bool = False) -> dict[str, int]:
-    """Return the bytes that are needed in addition to tensors, by name.
+    """Return a dict from the name of each allowance to its bytes.
 
-    ``step``: the peak bytes of the step's own tensors.
+    An allowance is memory that is needed besides tensors. ``step`` is the peak of tensors in bytes.
     """
     if not gpu:
         return {"fragmentation": int(FRAGMENTATION * step)}

@@ -95,7 +95,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """The bytes that a step or loading the base needs, whichever is more, with allowances."""
+        """The bytes for a step or for loading the base, the larger of the two, with allowances."""
         loading = self.measured.loading + sum(self._allowances(0).values())
         return max(self.peak + sum(self.allowances.values()), loading)
 

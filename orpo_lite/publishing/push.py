@@ -92,8 +92,8 @@ def push(
     Args:
         run_folder: the folder of a finished run.
         repository: owner/name, or only a name. Without owner, your account is the owner.
-        merged: push the merged model, not the adapter. The value is the weights that the adapter
-            was merged into.
+        merged: which merged model to push: "original" or "dequantized", the value of
+            `merge --base`. None: push the adapter.
         is_public: True: a new repository is public. False: it is private.
         samples: number of held-out prompts that the card shows with answers. 0: it shows neutral
             prompts, which are not from the data.

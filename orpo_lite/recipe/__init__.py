@@ -1,4 +1,4 @@
 """The recipe: the settings that a person chooses.
 
-Order: text, values, schema, checks, foreign, reader.
+Import order: text, values, schema, checks, foreign, reader.
 """

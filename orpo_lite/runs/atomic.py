@@ -78,7 +78,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_files(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write files into, which are then moved into ``folder``.
+    """Yield a temporary folder. Files that are written there are then moved into ``folder``.
 
     If there is no error, the files are flushed to the disk first. Each file is moved atomically.
     Other files in ``folder`` are not changed. Raises the same errors as :func:`write_text`.

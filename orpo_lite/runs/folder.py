@@ -244,7 +244,7 @@ def find_trained_base(
     Args:
         path: the run folder.
         folder: the new folder of the base, if it was moved.
-        command: the orpo-lite command that the fix of an error shows.
+        command: the orpo-lite command to show in the fix of an error.
 
     Raises:
         ModelError: the base's folder does not exist or holds another base.

@@ -1,5 +1,5 @@
 """Detect the format of a dataset and convert its rows to pairs.
 
-Order: text, names, messages, values, readers, column_map, columns, unused_columns, verdicts,
+Import order: text, names, messages, values, readers, column_map, columns, unused_columns, verdicts,
 refuse, detect.
 """

@@ -378,7 +378,7 @@ class ColumnProfile:
         return column_map_setting({**self.others, **lists})
 
     def settings(self, canonical: str, columns: Iterable[str]) -> str:
-        """Return settings joined by "or". Each assigns one of the columns to the standard name."""
+        """Return a setting for each of ``columns`` that maps it to ``canonical``, joined by "or"."""
         return one_of(self.setting(**{canonical: column}) for column in columns)
 
     # --- convert rows for their reader

@@ -241,5 +241,8 @@ def _refuse_unsigned(profile: ColumnProfile, column: str, answers: tuple[str, st
         found=f"{join_names(column)} is never below 0: it may be a strength of the preference, or "
         f"the number of the better one of {join_names(*answers)}",
         expected="strengths both below and above 0",
-        fix=reworded(strength, f"{strength} if it is a strength, or {number} if it is a number"),
+        fix=reworded(
+            strength,
+            f"{strength} if the column is a strength, or {number} if it numbers the better reply",
+        ),
     )

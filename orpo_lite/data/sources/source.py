@@ -160,7 +160,7 @@ TRAIN_SPLIT, TEST_SPLIT = "data.dataset_train_split", "data.dataset_test_split"
 
 
 def split_fix(key: str, names: Sequence[str]) -> str:
-    """Return the setting ``key`` with one of the existing splits ``names``."""
+    """Return a fix that sets ``key`` to one of ``names``, the existing splits."""
     held_out = [*filter(is_held_out, names)]
     others = [name for name in names if name not in held_out]
     if key == TEST_SPLIT:
