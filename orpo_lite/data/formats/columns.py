@@ -378,7 +378,7 @@ class ColumnProfile:
         return column_map_setting({**self.others, **lists})
 
     def settings(self, canonical: str, columns: Iterable[str]) -> str:
-        """Return a setting for each of ``columns`` that maps it to ``canonical``, joined by "or"."""
+        """Return settings joined by "or". Each maps one of ``columns`` to ``canonical``."""
         return one_of(self.setting(**{canonical: column}) for column in columns)
 
     # --- convert rows for their reader
