@@ -81,6 +81,8 @@ def _obey(conversation: "Chat", command: str, text: str) -> bool:
         conversation.reset()
     elif command == "system":
         conversation.reset(text)
+    elif command == "save" and text and Path(text).expanduser().exists():
+        err.print(f"{text} exists: choose another file")
     elif command == "save" and text:
         try:
             conversation.save(Path(text).expanduser())
@@ -91,5 +93,7 @@ def _obey(conversation: "Chat", command: str, text: str) -> bool:
     elif command in ("quit", "exit"):
         return False
     else:
+        if command != "help":
+            err.print(f"/{command} is no command:")
         err.print(COMMANDS)
     return True

@@ -52,7 +52,7 @@ def evaluate(
     base_path: BasePath = None,
 ) -> None:
     """Tell whether a run is better than its base, on held-out pairs, with 95% intervals."""
-    data = [word for word in models if word.startswith("data.") and "=" in word]
+    data = [word for word in models if "=" in word and not Path(word).exists()]
     names = [word for word in models if word not in data]
     with quiet():
         from orpo_lite.evaluation.evaluate import evaluate_events

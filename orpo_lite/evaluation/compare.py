@@ -26,6 +26,7 @@ from orpo_lite.evaluation.intervals import (
     Numbers,
     mean_over_pairs,
     pairs_needed,
+    share_difference,
     share_interval,
 )
 from orpo_lite.objectives.orpo import log_odds
@@ -248,7 +249,16 @@ class _Judged:
 
     @cached_property
     def intervals(self) -> Metrics:
-        return Metrics(*(mean.interval() for mean in self.differences.values()))
+        found = {name: mean.interval() for name, mean in self.differences.items()}
+        if not self.is_equal:
+            found["accuracy"] = share_difference(self.differences["accuracy"])
+        return Metrics(**found)
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether all scores are equal: the models are one, and the difference is exactly 0."""
+        means = self.differences.values()
+        return not any(mean.resampled_B.any() or mean.value for mean in means)
 
     @property
     def contradicts(self) -> bool:
@@ -297,7 +307,7 @@ def _verdict(judged: _Judged) -> str:
     accuracy = judged.differences["accuracy"]
     if not math.isfinite(accuracy.value) or not math.isfinite(judged.differences["margin"].value):
         return f"cannot tell: on {pairs}, some of the scores are not finite numbers."
-    if not any(mean.resampled_B.any() or mean.value for mean in judged.differences.values()):
+    if judged.is_equal:
         return f"cannot tell: {judged.model} and {judged.against} have equal scores on {pairs}."
     after, before = (f"{means['accuracy'].value:.1%}" for means in (judged.after, judged.before))
     change = (
@@ -307,6 +317,8 @@ def _verdict(judged: _Judged) -> str:
     if judged.outcome != "cannot tell":
         return f"{judged.outcome} by reward accuracy, {text}"
     text = f"cannot tell by reward accuracy, {text}"
+    if judged.prompts < FEWEST_PROMPTS:
+        text += f" Fewer than {FEWEST_PROMPTS} prompts cannot tell."
     if judged.contradicts:
         return f"{text} The log odds clearly go the other way."
     needed = judged.needed

@@ -28,13 +28,14 @@ from orpo_lite.ops.devices import is_out_of_memory
 from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import DataSection, Recipe
-from orpo_lite.runs.atomic import to_json, write_text
+from orpo_lite.runs.atomic import sha256, to_json, write_text
 from orpo_lite.runs.inputs import Inputs, prepare_inputs
 from orpo_lite.runs.lock import refuse_other_pairs
 from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, attempt, failure, run_to_end, with_torch_defaults
 
 EVAL = "eval.json"
+WEIGHTS = "adapter_model.safetensors"
 BASE = "base"
 DATASET = "data.dataset_name"
 OF_MODEL = ("chat_template", "chat_template_kwargs")  # keys of data that each model keeps
@@ -117,7 +118,9 @@ def evaluate_events(
     for name in dict.fromkeys(map(str, models)):
         model = found[name]
         if model.run and model.adapter:
-            file, text = model.run / EVAL, to_json(evaluation.to_json())
+            # The report shows only what is about this run and its present adapter.
+            about = {"run": name, "adapter": sha256(model.adapter / WEIGHTS)}
+            file, text = model.run / EVAL, to_json(evaluation.to_json() | about)
             yield from attempt(f"{file} is not written", write_text, file, text)
     return evaluation
 
@@ -330,7 +333,7 @@ def _score_all(
         for name, model in sorted(found.items(), key=lambda item: str(_base_key(item[1]))):
             pairs, recipe = pairs_of[name].pairs, pairs_of[name].recipe
             if opened and model.adapter and _fits_into(model, opened):
-                file = model.adapter / "adapter_model.safetensors"
+                file = model.adapter / WEIGHTS
                 set_adapter(opened.model, load_file(file))
             else:
                 opened = None  # free the memory before the next model is loaded

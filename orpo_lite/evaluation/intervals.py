@@ -135,6 +135,23 @@ def share_interval(mean: Mean) -> Interval:
     return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
 
 
+def share_difference(mean: Mean) -> Interval:
+    """Return a difference of two shares with its 95% interval, within -1 and 1.
+
+    If it is the same for each prompt, all resamples are equal to it. The interval then covers what
+    other prompts could change: as many of them as the exact binomial interval allows differ from
+    the observed ones, by as much as possible.
+    """
+    found, prompts = mean.interval(), len(mean.without_M)
+    if found.value is None or found.low is None or found.high is None:
+        return found
+    if found.low < found.high:
+        return Interval(found.value, max(found.low, -1.0), min(found.high, 1.0))
+    reach = 1 - ((1 - LEVEL) / 2) ** (1 / prompts)
+    low, high = found.value - reach * (found.value + 1), found.value + reach * (1 - found.value)
+    return Interval(found.value, low, high)
+
+
 def resample_sums(sums_MS: Numbers) -> Numbers:
     """Return the sums of S columns in each of B resamples of M prompts, shape (B, S).
 

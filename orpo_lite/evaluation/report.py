@@ -12,8 +12,8 @@ from orpo_lite import __version__
 from orpo_lite.errors import RecipeError
 from orpo_lite.evaluation.charts import Better, Chart, Line, draw
 from orpo_lite.evaluation.health import Finding
-from orpo_lite.evaluation.report_texts import ICONS, differing_settings, rows_of, run_texts
-from orpo_lite.evaluation.run_record import RunRecord
+from orpo_lite.evaluation.report_texts import ICONS, differing_settings, run_texts
+from orpo_lite.evaluation.run_record import RunRecord, rows_of
 from orpo_lite.recipe.text import GIB
 from orpo_lite.runs.atomic import write_text
 

@@ -11,7 +11,7 @@ from typing import Any
 from orpo_lite.data.sources.source import is_path
 from orpo_lite.data.statistics import warning_lines
 from orpo_lite.evaluation.health import Finding
-from orpo_lite.evaluation.run_record import RunRecord, default
+from orpo_lite.evaluation.run_record import RunRecord, default, rows_of
 from orpo_lite.recipe.text import GIB, gib, to_text
 from orpo_lite.runs.commands import new_run_command, quoted
 
@@ -36,6 +36,7 @@ def run_texts(record: RunRecord, label: str, data_texts: bool) -> dict[str, Any]
         "steps": record.steps,
         "planned": record.planned_steps,
         "verdicts": verdicts,
+        "has_adapter": (record.path / "adapter" / "adapter_model.safetensors").is_file(),
         "tiles": [*_tiles(record)],
         "health": [_finding(finding, record, data_texts) for finding in record.health],
         "memory": _memory(record),
@@ -107,12 +108,6 @@ def _memory(record: RunRecord) -> str:
     )
 
 
-def rows_of(value: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """Return the objects in the list ``value[key]``; [] if it is not a list."""
-    rows = value.get(key)
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-
-
 def _verdict(when: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return an evaluation as texts. A missing value becomes a dash."""
     models = rows_of(found, "models")
@@ -135,18 +130,18 @@ def _verdict(when: str, found: Mapping[str, Any]) -> dict[str, Any]:
         title = f"{outcome[:1].upper()}{outcome[1:]}"
         if outcome in ("better", "worse"):
             title += f" than {row.get('against', 'the other')}"
-        needed = row.get("pairs_needed")
         comparisons.append(
             {
                 "title": title,
                 "model": str(row.get("model", "")),
                 "gravity": gravity,
                 "text": str(row.get("text", "")),
-                "needed": f"{needed:,}" if isinstance(needed, int) else "",
             }
         )
     pairs, prompts = found.get("pairs"), found.get("prompts")
-    kind = "held-out pairs" if found.get("held_out", True) else "training pairs"
+    kind = "held-out pairs" if found.get("held_out", True) else "pairs"
+    if "run" in found and found.get("data"):  # an evaluation may use any pairs
+        kind = f"pairs of {Path(str(found['data'])).name}"
     size = f"{pairs:,} {kind}" if isinstance(pairs, int) else kind
     if isinstance(prompts, int):
         size += f" of {prompts:,} prompts"

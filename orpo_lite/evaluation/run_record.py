@@ -10,10 +10,15 @@ from typing import Any
 from orpo_lite.errors import CheckpointError
 from orpo_lite.evaluation.health import Curves, Finding, find_health
 from orpo_lite.recipe.schema import SECTIONS
+from orpo_lite.runs.atomic import sha256
 from orpo_lite.runs.changes import Change, read_changes, values_in_force
+from orpo_lite.runs.commands import quoted
 from orpo_lite.runs.lock import read_lock, read_recipe
 from orpo_lite.runs.records import RESULT, Sample, read_json, read_samples, readable_metrics
 
+TRAINED_ON = (
+    "The run was trained on prompts of these pairs, or this is not known: it may look too good."
+)
 VERDICTS = {"verdict.json": "At the end of the training", "eval.json": "Evaluated later"}
 """File in a run with the result of an evaluation -> when the evaluation was made."""
 
@@ -78,7 +83,11 @@ class RunRecord:
             data=object_in("data.json"),
             plan=object_in("plan.json"),
             result=object_in(RESULT),
-            verdicts={when: found for name, when in VERDICTS.items() if (found := object_in(name))},
+            verdicts={
+                when: _about_run(found)
+                for name, when in VERDICTS.items()
+                if (found := object_in(name)) and _is_current(found, path, notes)
+            },
             answers=optional(read_samples, path, default=[]),
             notes=notes,
         )
@@ -114,23 +123,9 @@ class RunRecord:
         return math.ceil(float(epochs or 1) * math.ceil(pairs / batch))
 
     @cached_property
-    def length_rule(self) -> float | None:
-        """The accuracy of a rule that prefers the longer reply, from the first evaluation.
-
-        None if no evaluation has it.
-        """
-        for verdict in self.verdicts.values():
-            rule = verdict.get("length_rule")
-            value = rule.get("accuracy") if isinstance(rule, dict) else None
-            value = value.get("value") if isinstance(value, dict) else value
-            if isinstance(value, int | float):
-                return float(value)
-        return None
-
-    @cached_property
     def health(self) -> list[Finding]:
         """The verdicts on the curves, the gravest first."""
-        return find_health(Curves.of(self.rows, self.settings, self.data, self.length_rule))
+        return find_health(Curves.of(self.rows, self.settings, self.data))
 
     def held_out(self, step: int | None) -> Mapping[str, Any]:
         """Return the metrics of the last evaluation at ``step``; {} if there is none.
@@ -165,3 +160,33 @@ def default(key: str) -> Any:
     section, _, name = key.partition(".")
     fields = SECTIONS[section].model_fields if section in SECTIONS else {}
     return fields[name].default if name in fields else None
+
+
+def rows_of(value: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """Return the objects in the list ``value[key]``; [] if it is not a list."""
+    rows = value.get(key)
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def _is_current(found: Mapping[str, Any], path: Path, notes: list[str]) -> bool:
+    """Return whether an evaluation is about the run's present adapter; else add a note."""
+    weights = path / "adapter" / "adapter_model.safetensors"
+    known = found.get("adapter")
+    if known is None or (weights.is_file() and known == sha256(weights)):
+        return True
+    notes.append(
+        f"eval.json is about an earlier adapter and is not shown: orpo-lite eval {quoted(path)} "
+        "computes it again"
+    )
+    return False
+
+
+def _about_run(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an evaluation with only the comparisons of this run, and with what limits them."""
+    rows = [dict(row) for row in rows_of(found, "comparisons")]
+    if "run" in found:
+        rows = [row for row in rows if row.get("model") == found["run"]]
+    if found.get("held_out") is False:
+        for row in rows:
+            row["text"] = f"{row.get('text', '')} {TRAINED_ON}"
+    return {**found, "comparisons": rows}

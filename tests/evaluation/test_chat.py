@@ -118,7 +118,7 @@ def test_an_interrupt_stops_one_answer(
             os.kill(os.getpid(), signal.SIGINT)
         return text
 
-    monkeypatch.setattr("orpo_lite.cli.result_commands.harmless", interrupted_once)
+    monkeypatch.setattr("orpo_lite.cli.chat_loop.harmless", interrupted_once)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nMore\n/save talk.json\n"))
     code, _, complaint = call(
         "chat", str(trained[1].run), "--temperature", "1", "--max-new-tokens", "40"

@@ -17,6 +17,8 @@ from orpo_lite import merge, train
 from orpo_lite.errors import CheckpointError, OrpoLiteError, Overrides, RecipeError
 from orpo_lite.evaluation.compare import Evaluation
 from orpo_lite.evaluation.evaluate import evaluate, evaluate_events
+from orpo_lite.evaluation.report import make_page
+from orpo_lite.evaluation.run_record import RunRecord
 from orpo_lite.runs.inputs import prepare_inputs
 from orpo_lite.runs.lock import read_recipe
 from orpo_lite.runs.records import read_json, read_metrics, read_scores
@@ -92,7 +94,16 @@ def test_other_pairs_are_scored_and_those_trained_on_are_named(
         (folder / f"{name}.jsonl").write_text(rows.replace("Item", f"Another {name}"))
     code, printed, _ = call("eval", str(run), "data.dataset_name=others", "--json")
     shown = json.loads(printed)
-    assert (code, shown) == (0, read_json(run / "eval.json"))
+    kept = read_json(run / "eval.json")
+    assert (code, shown) == (0, {key: kept[key] for key in shown})
+    assert kept["run"] == str(run)
+    # Of a run that was trained further, the evaluation is no longer shown.
+    (said,) = [row["text"] for row in shown["comparisons"]]
+    assert said in make_page([RunRecord.read(run)])
+    (run / "eval.json").write_text(json.dumps(kept | {"adapter": "another"}))
+    record = RunRecord.read(run)
+    assert said not in make_page([record])
+    assert "earlier adapter" in record.notes[0]
     # It has a split of its own to test on.
     assert (shown["pairs"], shown["held_out"], shown["data"]) == (12, True, "others")
 
