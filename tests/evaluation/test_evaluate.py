@@ -85,7 +85,7 @@ def test_other_pairs_are_scored_and_those_trained_on_are_named(
         f"warning: {run} was trained on the prompts of 32 of the 40 pairs, so its results will look too good"
         in said
     )
-    assert "40 pairs of pairs.jsonl: all pairs" in said
+    assert "scoring 40 pairs of pairs.jsonl: all pairs" in said
     assert "on 40 pairs of 40 prompts" in found.comparisons[0].text
     folder = workspace / "others"
     folder.mkdir()

@@ -157,7 +157,7 @@ def test_the_report_shows_every_part_and_escapes_all_texts(page: Path) -> None:
         "cannot tell with 200 pairs",
         '71.0% <span class="interval">65.0 to 77.0</span>',
         "The loss is not finite at 1 steps, first at step 5000.",
-        "of the 3.00 GiB",
+        "of the planned 3.00 GiB",
         "planned peak of tensors",
         "Answers to 1 held-out prompts",
         "training.learning_rate",
