@@ -255,3 +255,16 @@ def test_a_gain_of_long_replies_only_is_seen() -> None:
     assert (
         "But it is worse on the 10 pairs whose chosen reply is the shorter one" in comparison.text
     )
+
+
+def test_a_difference_that_never_varies_has_an_interval() -> None:
+    """12 prompts of which none disagrees; 26% of other prompts still may (exact binomial)."""
+    low, high = np.full(12, -2.0), np.full(12, -1.0)
+    (won,) = compared(logps(low, high), logps(high, low)).comparisons
+    found = won.differences.accuracy
+    assert (won.outcome, found.value, found.high) == ("better", 1, 1)
+    assert found.low == pytest.approx(1 - 2 * (1 - 0.025 ** (1 / 12)))
+    (equal,) = compared(logps(low, high), logps(low - 1, high)).comparisons
+    found = equal.differences.accuracy
+    assert (equal.outcome, found.value) == ("cannot tell", 0)
+    assert (found.low, found.high) == pytest.approx((-0.2646, 0.2646), abs=1e-4)
