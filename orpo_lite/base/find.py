@@ -239,7 +239,7 @@ def check_targets(recipe: Recipe, base: Base) -> None:
             raise ModelError(
                 where=where,
                 found=found,
-                expected=f"names from {', '.join(ends)}",
+                expected=f"names of layers: {', '.join(ends)}",
                 fix=Overrides({"lora.target_modules": "all-linear"}),
             )
 

@@ -265,7 +265,7 @@ def _nodes(text: str, where: str) -> Any:
             where=place,
             found=str(getattr(error, "problem", error)),
             expected="YAML: lines `key: value`, indented by spaces",
-            fix="correct the line; put a text that contains : # { [ or % in quotes",
+            fix="correct the line; put quotes around a text that contains : # { [ or %",
         ) from None
 
 

@@ -243,6 +243,7 @@ def _refuse_unsigned(profile: ColumnProfile, column: str, answers: tuple[str, st
         expected="strengths both below and above 0",
         fix=reworded(
             strength,
-            f"{strength} if the column is a strength, or {number} if it numbers the better reply",
+            f"{strength} if the column says how strongly a reply is preferred, or {number} if it "
+            "holds the number of the better reply",
         ),
     )
