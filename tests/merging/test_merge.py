@@ -509,7 +509,7 @@ def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
     nn.init.normal_((other := tiny_llama(98)).model.embed_tokens.weight)
     other.save_pretrained(tmp_path / "base")
     with pytest.raises(
-        ModelError, match=f"{fingerprint(tmp_path / 'base')[:12]}, was {trained_on[:12]}"
+        ModelError, match=f"{fingerprint(tmp_path / 'base')[:12]}, not {trained_on[:12]}"
     ):
         merge(path)
     assert not (path / "merged").exists()

@@ -449,12 +449,12 @@ def test_an_adapter_of_another_base_is_said(trained: Trained, small_recipe: Buil
         updates, _ = train_all(
             small_recipe(*keys, "model.adapter_name_or_path=run/adapter", "output.samples=0")
         )
-        return [update.text for update in updates if "it was trained on" in update.text]
+        return [update.text for update in updates if "the adapter was trained on" in update.text]
 
     shutil.copytree("base", "moved")
     assert notes("moved", "again") == []
     write_base(Path("other"), tiny_llama(99, rms_norm_eps=1e-4))
-    assert ["other" in text and "noise" in text for text in notes("other", "third")] == [True]
+    assert ["other" in text and "useless" in text for text in notes("other", "third")] == [True]
     config = json.loads(Path("run/adapter/adapter_config.json").read_text("utf-8"))
     Path("run/adapter/adapter_config.json").write_text(
         json.dumps(config | {"base_model_name_or_path": "owner/Other"})
