@@ -82,8 +82,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
 
     Args:
         recipe: the recipe. ``training.output_dir`` is the run folder.
-        resume: continue the run in that folder. If ``recipe`` has a default value, the run's own
-            value is used. Any other value is a change of the run, which is recorded or refused.
+        resume: continue the run in that folder. A setting that has its default in ``recipe`` keeps
+            the run's value. Any other setting is a change, which is recorded or refused.
 
     Raises:
         OrpoLiteError: an error that the person can fix. Most errors are found before the weights

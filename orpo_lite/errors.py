@@ -61,7 +61,7 @@ class Overrides(str):
 def reworded(fix: str, text: str) -> str:
     """Return a fix with a new text and with the command or values of ``fix``.
 
-    String methods of a :class:`Command` or :class:`Overrides` return a plain string without them.
+    String methods such as ``replace`` lose the command or values: they return a plain string.
     """
     if isinstance(fix, Overrides):
         return Overrides(fix.values, text=text)

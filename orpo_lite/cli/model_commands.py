@@ -60,9 +60,7 @@ def push(
     ] = False,
     base: Annotated[
         Literal["original", "dequantized"],
-        typer.Option(
-            help="With --merged: the value that `merge --base` had for the model to push."
-        ),
+        typer.Option(help="With --merged: push the model of `merge --base` with this value."),
     ] = "original",
     public: Annotated[
         bool, typer.Option("--public", help="Make a new repository public. Default: private.")

@@ -216,7 +216,7 @@ def rounded_input(model: PairModel) -> Iterator[None]:
 
 
 def error_reason(error: Exception, route: Route) -> str:
-    """Return the text of a note: why a route is not used on which the model's code failed."""
+    """Return the reason, for a note, not to use ``route``: the model's code failed on it."""
     if isinstance(error, UnsupportedError):
         return str(error)
     what = "does not take packed rows" if route in ("shared", "packed") else "fails"
