@@ -126,6 +126,8 @@ def report(
 
 def _print_result(result: "ReportResult") -> None:
     """Print the verdicts, and the path of the report."""
+    for note in result.notes:
+        out.print(f"note: {note}")
     for run, findings in result.health.items():
         prefix = f"{run}: " if len(result.health) > 1 else ""
         for text in result.verdicts[run]:

@@ -1,6 +1,7 @@
 """Answer a file of prompts, and write the answers in the format that a grader reads.
 
-If the command is stopped, the same command continues after the answers that it has already.
+If the command is stopped, the same command continues after the answers that it has already. If the
+file of answers is finished, the same command does nothing.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +133,17 @@ class Task:
 
     @property
     def progress(self) -> Path:
-        """The hidden file with the answers so far. It is removed at the end."""
+        """The hidden file with the key and the answers so far.
+
+        At the end it keeps the key and the hash of the file of answers.
+        """
         return self.to.with_name(f".{self.to.name}.progress")
+
+    @property
+    def is_finished(self) -> bool:
+        """True if the same command has written the file of answers, and nobody changed it."""
+        head = _read_progress(self.progress)[0]
+        return head.get("key") == self.key and _is_result(self.to, head)
 
     def temperature_of(self, question: Question) -> float:
         """Return the temperature for the answers to a question."""
@@ -148,7 +159,7 @@ class Answers:
     file: Path
     prompts: int
     tokens: int
-    """Tokens of the answers of this call. Answers of an earlier, stopped call are not counted."""
+    """Tokens of the answers of this call. Answers of an earlier call are not counted."""
     seconds: float
     """Time to answer, without the time to load the model."""
 
@@ -178,8 +189,9 @@ def prepare_answers(
         base_path: where the base of the run is now, if its folder was moved.
 
     Raises:
-        RecipeError: the format is unknown; a value is out of range; ``to`` exists already, or is
-            missing for a model that is not a run.
+        RecipeError: the format is unknown; a value is out of range; ``to`` is missing for a model
+            that is not a run; or ``to`` holds, or an unfinished command began it with, answers of
+            another command.
         DataError: the prompts cannot be read, or have another form.
         OrpoLiteError: the model cannot be found; see
             :func:`orpo_lite.evaluation.open_run.find_model`.
@@ -220,14 +232,45 @@ def prepare_answers(
         "temperature": temperature,
     }
     task = Task(found, grader, questions, target, adapter, limit, temperature, key)
-    if target.exists() and not task.progress.exists():
-        raise RecipeError(
-            where=f"--to {target}",
-            found="exists already",
-            expected="the name of a new file",
-            fix=f"--to {target.with_name(f'{target.stem}-2{target.suffix}')}, or remove it",
-        )
+    _refuse_other_answers(task)
     return task
+
+
+def _refuse_other_answers(task: Task) -> None:
+    """Raise :class:`RecipeError` if ``task.to`` or its answers so far are of another command."""
+    head, lines = _read_progress(task.progress)
+    known, exists = head.get("key", {}), task.to.exists()
+    differing = [key for key, value in task.key.items() if known.get(key) != value]
+    is_same = not differing and (lines or not exists or _is_result(task.to, head))
+    is_new = not exists and not lines
+    if is_same or is_new:
+        return
+    found = "exists already" if exists else "a stopped command has begun this file"
+    changed = f", with other {' and '.join(differing)}" if known and differing else ""
+    raise RecipeError(
+        where=f"--to {task.to}",
+        found=f"{found}{changed}",
+        expected="a new file, or the same command as before",
+        fix=f"--to {_free_name(task.to)}, or remove {task.to if exists else task.progress}",
+    )
+
+
+def _free_name(file: Path) -> Path:
+    """Return the first free name of ``x-2.jsonl``, ``x-3.jsonl`` and so on for ``x.jsonl``."""
+    names = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in count(2))
+    return next(name for name in names if not name.exists())
+
+
+def _read_progress(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the head of a hidden file as JSON, and its other whole lines; ({}, []) without it."""
+    lines = file.read_text("utf-8").split("\n") if file.is_file() else []
+    whole = lines[:-1]  # a process that was killed may have written only part of the last line
+    return (json.loads(whole[0]), whole[1:]) if whole else ({}, [])
+
+
+def _is_result(file: Path, head: Mapping[str, Any]) -> bool:
+    """Return True if a file of answers is the one whose hash the head of its hidden file has."""
+    return "sha256" in head and file.is_file() and sha256(file) == head["sha256"]
 
 
 def check_decoding(max_new_tokens: int | None, temperature: float | None) -> None:
@@ -287,6 +330,9 @@ def write_answers(task: Task) -> Generator[Update, None, Answers]:
     the prompt is too long for the model, the answer is empty, because a grader expects an answer to
     each prompt. A note tells how many answers are empty.
     """
+    if task.is_finished:
+        yield Update("note", f"{task.to} has all answers already")
+        return Answers(task.to, len(task.questions), 0, 0.0)
     progress = _Progress(task)
     total = sum(len(question.turns) for question in task.questions)
     tokens, began = 0, time.monotonic()
@@ -301,8 +347,8 @@ def write_answers(task: Task) -> Generator[Update, None, Answers]:
             for turn, temperature, rows in _groups(task):
                 found = tokenizer.ids([progress.conversation(row, turn) for row in rows])
                 prompts, reasons = _with_room(found, answerer)
-                for reason, count in reasons.items():
-                    yield Update("note", f"{count} answers are empty: {reason}")
+                for reason, empty_count in reasons.items():
+                    yield Update("note", f"{empty_count} answers are empty: {reason}")
                 decoding = Decoding(task.max_new_tokens, temperature, SEED)
                 done = [index for index, row in enumerate(rows) if (row, turn) in progress.texts]
                 empty = [row for row, ids in zip(rows, prompts, strict=True) if not ids]
@@ -315,7 +361,7 @@ def write_answers(task: Task) -> Generator[Update, None, Answers]:
     seconds = time.monotonic() - began
     task.to.parent.mkdir(parents=True, exist_ok=True)
     write_text(task.to, _formatted(task, progress))
-    task.progress.unlink(missing_ok=True)
+    progress.finish()
     return Answers(task.to, len(task.questions), tokens, seconds)
 
 
@@ -355,12 +401,10 @@ class _Progress:
         self.began = time.time()
         self.texts: dict[tuple[int, int], str] = {}
         """(row, turn) -> answer."""
-        lines = self.file.read_text("utf-8").split("\n") if self.file.is_file() else []
-        whole = lines[:-1]  # a process that was killed may have written only part of the last line
-        head = json.loads(whole[0]) if whole else {}
+        head, lines = _read_progress(self.file)
         if head.get("key") == task.key:
             self.began = head["began"]
-            for line in whole[1:]:
+            for line in lines:
                 turn, texts = json.loads(line)
                 self.texts |= {(int(row), turn): text for row, text in texts.items()}
         self.is_written = False
@@ -387,6 +431,11 @@ class _Progress:
             elif texts:
                 with self.file.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps([turn, texts]) + "\n")
+
+    def finish(self) -> None:
+        """Replace the answers in the hidden file by the hash of the file of answers."""
+        head = {"key": self.task.key, "began": self.began, "sha256": sha256(self.task.to)}
+        write_text(self.file, json.dumps(head) + "\n")
 
     def _lines(self) -> str:
         turns = sorted({turn for _, turn in self.texts})

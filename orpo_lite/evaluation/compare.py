@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from orpo_lite.data.cache import NUMBERS, TokenizedPairs
+from orpo_lite.data.sources.source import is_path
 from orpo_lite.data.statistics import response_lengths
 from orpo_lite.evaluation.intervals import (
     LEVEL,
@@ -31,6 +32,7 @@ from orpo_lite.evaluation.intervals import (
 )
 from orpo_lite.objectives.orpo import log_odds
 from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.recipe.schema import DataSection
 
 FEWEST_PROMPTS = 6
 """With fewer prompts, a two-sided sign test does not reach 5%, even if all prompts agree."""
@@ -192,6 +194,17 @@ def compare(
         comparisons=tuple(found),
         length_rule=LengthRule(rule, differ),
     )
+
+
+def name_pairs(data: DataSection, *, is_test: bool) -> str:
+    """Return the name of scored pairs: ``pairs.jsonl``, or ``owner/name, split test``.
+
+    ``is_test``: the pairs are the test split of the recipe, if it names one.
+    """
+    names, split = ", ".join(data.names), data.dataset_test_split
+    if split is None or not is_test:
+        return names
+    return split if is_path(split) else f"{names}, split {split}"
 
 
 def _means(scores: Sequence[PairLogps], prompts_P: Sequence[bytes]) -> list[Means]:

@@ -1,7 +1,6 @@
 """Evaluate runs and models: score the same pairs with each of them, and compare the scores."""
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,20 @@ from orpo_lite.data.sources.source import TEST_SPLIT, noted_split
 from orpo_lite.errors import (
     CheckpointError,
     Command,
-    FitError,
     OrpoLiteError,
     Overrides,
     RecipeError,
-    first_line,
 )
-from orpo_lite.evaluation.compare import Evaluation, compare
-from orpo_lite.evaluation.open_run import FoundModel, OpenRun, find_model, load_model
+from orpo_lite.evaluation.compare import Evaluation, compare, name_pairs
+from orpo_lite.evaluation.open_run import (
+    FoundModel,
+    OpenRun,
+    explain_out_of_memory,
+    find_model,
+    load_model,
+)
 from orpo_lite.evaluation.score import score_pairs
 from orpo_lite.model.adapter import set_adapter
-from orpo_lite.ops.devices import is_out_of_memory
 from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import DataSection, Recipe
@@ -102,7 +104,7 @@ def evaluate_events(
     found = {name: find_model(name, base_path=base_path) for name in names}
     if against == BASE:
         _refuse_without_adapter(found.values())
-    pairs_of, recipe, held_out = yield from _find_pairs(found, changed)
+    pairs_of, data_name, held_out = yield from _find_pairs(found, changed)
     bases = {} if other else _base_names(found)
     scores = yield from _score_all(found, pairs_of, bases)
     against_of = {name: other or bases.get(name) for name in map(str, models)}
@@ -113,7 +115,7 @@ def evaluate_events(
         scores,
         compared,
         held_out=held_out,
-        data=", ".join(recipe.data.names),
+        data=data_name,
     )
     for name in dict.fromkeys(map(str, models)):
         model = found[name]
@@ -161,8 +163,8 @@ class _Pairs:
 
 def _find_pairs(
     found: Mapping[str, FoundModel], changed: Mapping[str, Any]
-) -> Generator[Update, None, tuple[dict[str, _Pairs], Recipe, bool]]:
-    """Return each model's pairs, the recipe of the pairs, and whether they are held out.
+) -> Generator[Update, None, tuple[dict[str, _Pairs], str, bool]]:
+    """Return each model's pairs, the name of the pairs, and whether they are held out.
 
     They are held out if it is known that no run was trained on a prompt of them.
     """
@@ -209,7 +211,7 @@ def _find_pairs(
     recipe, inputs = next(iter(prepared.values()))
     yield from _notes(recipe, inputs, len(common), changed)
     held_out = yield from _compare_prompts(found, prepared, pairs_of, changed)
-    return pairs_of, recipe, held_out
+    return pairs_of, name_pairs(recipe.data, is_test=bool(len(inputs.test))), held_out
 
 
 def _chosen_data(first: FoundModel | None, changed: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,7 +331,9 @@ def _score_all(
     scores: dict[str, PairLogps] = {}
     base_scores: dict[str, PairLogps] = {}
     opened: OpenRun | None = None
-    with _explained_memory(found):
+    with explain_out_of_memory(
+        f"evaluating {', '.join(found)}", "enough memory for one model at a time"
+    ):
         for name, model in sorted(found.items(), key=lambda item: str(_base_key(item[1]))):
             pairs, recipe = pairs_of[name].pairs, pairs_of[name].recipe
             if opened and model.adapter and _fits_into(model, opened):
@@ -362,19 +366,3 @@ def _fits_into(model: FoundModel, opened: OpenRun) -> bool:
         for config in (read_json(adapter / "adapter_config.json") for adapter in adapters)
     )
     return one == other
-
-
-@contextmanager
-def _explained_memory(found: Mapping[str, FoundModel]) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise FitError(
-            where=f"evaluating {', '.join(found)}",
-            found=f"the GPU is out of memory ({first_line(error)})",
-            expected="enough memory for one model at a time",
-            fix="end other programs that use the GPU (nvidia-smi lists them); "
-            "CUDA_VISIBLE_DEVICES= in front of the command computes on the CPU, which is slow",
-        ) from error

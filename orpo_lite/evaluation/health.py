@@ -186,7 +186,8 @@ def diverging(curves: Curves) -> Finding | None:
     lost = [row.get("step") for row in curves.train if not _is_finite(row["loss"])]
     reason = ""
     if lost:
-        reason = f"The loss is not finite at {len(lost)} steps, first at step {lost[0]}."
+        count = f"{len(lost)} step{'' if len(lost) == 1 else 's'}"
+        reason = f"The loss is not finite at {count}, first at step {lost[0]}."
     elif windows := curves.windows("loss"):
         lowest, last = min(windows.means), windows.means[-1]
         if last - lowest > max(RISE * abs(lowest), windows.error):

@@ -8,7 +8,7 @@ import torch
 
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.errors import CheckpointError
-from orpo_lite.evaluation.compare import Evaluation, compare
+from orpo_lite.evaluation.compare import Evaluation, compare, name_pairs
 from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
@@ -45,7 +45,11 @@ def judge_training(recipe: Recipe, pairs: TokenizedPairs, path: Path, kept: int)
             )
         found[name] = scores
     evaluation = compare(
-        pairs, found, [(TUNED, start)], held_out=True, data=", ".join(recipe.data.names)
+        pairs,
+        found,
+        [(TUNED, start)],
+        held_out=True,
+        data=name_pairs(recipe.data, is_test=True),
     )
     write_text(path / VERDICT, to_json(evaluation.to_json()))
     return evaluation

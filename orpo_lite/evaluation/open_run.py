@@ -1,6 +1,7 @@
 """Load a finished run, a model folder or a hub model, to score pairs or to answer prompts."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from orpo_lite.runs.lock import read_lock, with_pinned_base
 from orpo_lite.updates import Update
 
 NO_LIMIT = 1 << 30  # of tokens
+FREE_MEMORY = (
+    "end other programs that use the GPU (nvidia-smi lists them); CUDA_VISIBLE_DEVICES= in front "
+    "of the command computes on the CPU, which is slow"
+)
 NO_DATA = "none"  # data.dataset_name for a model that is not a run
 
 
@@ -190,22 +195,30 @@ def load_model(found: FoundModel) -> OpenRun:
             expected="the chat template of the training",
             fix="restore the files that the training wrote",
         )
-    try:
+    with explain_out_of_memory(f"loading {found.name}", "enough memory for the weights"):
         if found.adapter:
             model = load_pair_model(found.loading, found.base, found.device)
         else:
             base = load_base(found.loading, found.base, found.device)
             model = PairModel(base.requires_grad_(False), found.recipe.memory)
+    model.train(False)
+    return OpenRun(**vars(found), model=model, tokenizer=tokenizer)
+
+
+@contextmanager
+def explain_out_of_memory(where: str, expected: str, fix: str = FREE_MEMORY) -> Iterator[None]:
+    """Turn an error of the block that reports a lack of GPU memory into a :class:`FitError`."""
+    try:
+        yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise FitError(
-            where=f"model {found.name}",
-            found=f"the GPU is out of memory while the weights are loaded ({first_line(error)})",
-            fix="end other programs that use the GPU (nvidia-smi lists them)",
+            where=where,
+            found=f"the GPU is out of memory ({first_line(error)})",
+            expected=expected,
+            fix=fix,
         ) from error
-    model.train(False)
-    return OpenRun(**vars(found), model=model, tokenizer=tokenizer)
 
 
 def _is_meant_as_path(name: str, path: Path) -> bool:

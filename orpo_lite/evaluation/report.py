@@ -1,12 +1,13 @@
 """Write the report of one or more runs: one HTML file that needs no network and no script."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from orpo_lite import __version__
 from orpo_lite.errors import RecipeError
@@ -66,6 +67,8 @@ class ReportResult:
     """Run folder -> verdicts on its curves, the gravest first."""
     verdicts: Mapping[str, Sequence[str]]
     """Run folder -> sentences that say whether the model got better; [] without an evaluation."""
+    notes: Sequence[str]
+    """Sentences that say which files of the runs could not be read."""
 
 
 def report(
@@ -99,6 +102,7 @@ def report(
             ]
             for record in records
         },
+        [note for record in records for note in record.notes],
     )
 
 
@@ -162,7 +166,13 @@ def _render(template: str, **values: Any) -> Markup:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code"] = _code
     return Markup(environment.get_template(template).render(values))  # noqa: S704 - escaped
+
+
+def _code(text: str) -> Markup:
+    """Return a text as HTML, with words in backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped
 
 
 # --- charts

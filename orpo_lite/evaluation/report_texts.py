@@ -13,7 +13,7 @@ from orpo_lite.data.statistics import warning_lines
 from orpo_lite.evaluation.health import Finding
 from orpo_lite.evaluation.run_record import RunRecord, default, rows_of
 from orpo_lite.recipe.text import GIB, gib, to_text
-from orpo_lite.runs.commands import new_run_command, quoted
+from orpo_lite.runs.commands import quoted
 
 LONGEST = 2000  # characters of a prompt or an answer
 ICONS = {"good": "✓", "warning": "!", "serious": "✕", "unknown": "?"}
@@ -83,7 +83,7 @@ def _tiles(record: RunRecord) -> Iterator[dict[str, str]]:
 
 def _finding(finding: Finding, record: RunRecord, data_texts: bool) -> dict[str, Any]:
     path = record.path if data_texts else Path("RUN")
-    command = new_run_command(path, finding.values).line if finding.values else ""
+    command = record.command_for(finding, path)
     reason = re.sub(r"(?<!\w)-(?=\d)", "\u2212", finding.reason)
     return {**vars(finding), "reason": reason, "command": command}
 

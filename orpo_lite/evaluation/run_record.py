@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from orpo_lite.evaluation.health import Curves, Finding, find_health
 from orpo_lite.recipe.schema import SECTIONS
 from orpo_lite.runs.atomic import sha256
 from orpo_lite.runs.changes import Change, read_changes, values_in_force
-from orpo_lite.runs.commands import quoted
+from orpo_lite.runs.commands import new_run_command, quoted, resume_command
 from orpo_lite.runs.lock import read_lock, read_recipe
 from orpo_lite.runs.records import RESULT, Sample, read_json, read_samples, readable_metrics
 
 TRAINED_ON = (
     "The run was trained on prompts of these pairs, or this is not known: it may look too good."
 )
+NOT_FINISHED = "The training has not ended. If it was stopped, continue it."
 VERDICTS = {"verdict.json": "At the end of the training", "eval.json": "Evaluated later"}
 """File in a run with the result of an evaluation -> when the evaluation was made."""
 
@@ -73,7 +74,8 @@ class RunRecord:
         settings = optional(values_in_force, path, lock, default=recipe) if lock else recipe
         rows, damaged = optional(readable_metrics, path, default=([], 0))
         if damaged:
-            notes.append(f"{path / 'metrics.jsonl'}: {damaged} lines cannot be read")
+            lines = f"{damaged} line{'' if damaged == 1 else 's'}"
+            notes.append(f"{path / 'metrics.jsonl'}: {lines} cannot be read")
         return cls(
             path=path,
             lock=lock,
@@ -125,7 +127,21 @@ class RunRecord:
     @cached_property
     def health(self) -> list[Finding]:
         """The verdicts on the curves, the gravest first."""
-        return find_health(Curves.of(self.rows, self.settings, self.data))
+        findings = find_health(Curves.of(self.rows, self.settings, self.data))
+        if self.is_finished:
+            return findings
+        return [
+            replace(finding, advice=NOT_FINISHED, values={})
+            if finding.name == "too-few-steps"
+            else finding
+            for finding in findings
+        ]
+
+    def command_for(self, finding: Finding, path: Path) -> str:
+        """Return the command that a verdict advises for the run in ``path``; "" if none helps."""
+        if finding.advice == NOT_FINISHED:
+            return resume_command(path).line
+        return new_run_command(path, finding.values).line if finding.values else ""
 
     def held_out(self, step: int | None) -> Mapping[str, Any]:
         """Return the metrics of the last evaluation at ``step``; {} if there is none.

@@ -14,15 +14,15 @@ from orpo_lite.base.blocks import stored_tensors
 from orpo_lite.base.config import read_config
 from orpo_lite.base.find import Base
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.errors import Command, FitError, first_line
+from orpo_lite.errors import Command
 from orpo_lite.evaluation.gain import Kept, kept_gain, pair_log_odds
 from orpo_lite.evaluation.intervals import Numbers
-from orpo_lite.evaluation.open_run import FoundModel, find_model
+from orpo_lite.evaluation.open_run import FoundModel, explain_out_of_memory, find_model
 from orpo_lite.evaluation.score import score_pairs
 from orpo_lite.model.load import choose_dtype, load_base, load_pair_model
 from orpo_lite.model.pair_model import PairModel, Route
 from orpo_lite.model.probe_values import rounded_input
-from orpo_lite.ops.devices import device_kind, dtype_name, is_out_of_memory
+from orpo_lite.ops.devices import device_kind, dtype_name
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.commands import Weights, merge_command
@@ -140,18 +140,13 @@ def compare_merged(
         OrpoLiteError: the base or the data can no longer be read.
     """
     path = Path(run_folder).expanduser()
-    try:
+    line = f"CUDA_VISIBLE_DEVICES= {merge_command(path, weights).line} --verify"
+    with explain_out_of_memory(
+        f"verifying {path}",
+        "enough memory for the model in 16 bit (the merged model is not changed)",
+        Command(line, " compares on the CPU, which is slow"),
+    ):
         return (yield from _compare(path, weights, base_path))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        line = f"CUDA_VISIBLE_DEVICES= {merge_command(path, weights).line} --verify"
-        raise FitError(
-            where=f"verifying {path}",
-            found=f"the GPU is out of memory ({first_line(error)})",
-            expected="enough memory for the model in 16 bit (the merged model is not changed)",
-            fix=Command(line, " compares on the CPU, which is slow"),
-        ) from error
 
 
 def _compare(

@@ -43,7 +43,7 @@ def _refuse_no_run(path: Path) -> None:
         is_inside = (path.parent / "recipe.yaml").is_file()
         raise CheckpointError(
             where=f"run {path}",
-            found="has no recipe.yaml",
+            found="has no recipe.yaml" if path.exists() else "no such folder",
             expected="a folder that `orpo-lite train` created",
             fix=str(path.parent) if is_inside else "use the folder in training.output_dir",
         )

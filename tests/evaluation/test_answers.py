@@ -86,7 +86,7 @@ def test_each_grader_reads_its_file_and_the_answers_are_those_of_transformers(
         "answers/ifeval.jsonl",
         "answers/jsonl.jsonl",
     }
-    assert len([*(run / "answers").iterdir()]) == 4
+    assert len([*(run / "answers").glob("[!.]*")]) == 4
     alpaca = read_rows(files["alpaca_eval"])
     assert [row["instruction"] for row in alpaca] == ["Item 0?", "Item 1?", "Item 2?"]
     assert {row["generator"] for row in alpaca} == {"run"}
@@ -111,9 +111,12 @@ def test_each_grader_reads_its_file_and_the_answers_are_those_of_transformers(
     assert said.endswith("/s: run/answers/jsonl-base.jsonl\n")
     base = read_rows(run / "answers" / "jsonl-base.jsonl")[0]["response"]
     assert base == greedy(opened, "Hello", adapter=False) != hello["response"]
-    code, _, complaint = call(*command)
+    code, said, _ = call(*command, "--adapter", "off", "--max-new-tokens", "6")
+    assert (code, "jsonl-base.jsonl has all answers already" in said) == (0, True)
+    code, _, complaint = call(*command, "--temperature", "1", "--max-new-tokens", "6")
     assert code == 2
-    assert "fix: --to run/answers/jsonl-2.jsonl, or remove it" in complaint
+    assert "exists already, with other temperature" in complaint
+    assert "fix: --to run/answers/jsonl-2.jsonl, or remove run/answers/jsonl.jsonl" in complaint
 
 
 @pytest.mark.parametrize("cut", first_and_long([20, 0]))  # characters of the last line
@@ -136,6 +139,10 @@ def test_a_stopped_command_goes_on_and_gives_the_same_file(
     progress = Path(".stopped.jsonl.progress")
     progress.write_text(progress.read_text()[: -cut or None])
     assert not Path("stopped.jsonl").exists()
+    with pytest.raises(
+        RecipeError, match="begun this file, with other max_new_tokens and temperature"
+    ):
+        generate(run, prompts, to="stopped.jsonl", grader="mt_bench", temperature=1)
     answered, answer = list[int](), Answerer._answer_batch
     monkeypatch.setattr(
         Answerer,
@@ -143,7 +150,7 @@ def test_a_stopped_command_goes_on_and_gives_the_same_file(
         lambda self, found, *rest: answered.extend(found) or answer(self, found, *rest),
     )
     found = read_rows(generate(run, prompts, to="stopped.jsonl", **options).file)
-    assert not progress.exists()
+    assert len(progress.read_text().splitlines()) == 1
     # The questions with sampled and with greedy answers are apart, in batches of two.
     assert len(answered) == (5 if cut else 3)
     for one, other in zip(found, whole, strict=True):
@@ -175,20 +182,20 @@ def test_wrong_prompts_are_said_before_weights_are_loaded(
 @pytest.mark.real
 @pytest.mark.long
 def test_the_checkers_of_ifeval_read_the_answers(demo_run: DemoRun, tmp_path: Path) -> None:
-    """Those of lm-eval. A few of them need data of NLTK, which a machine without a network lacks."""
+    """Those of lm-eval, except two that need data of NLTK, which needs a network."""
     checkers = pytest.importorskip("lm_eval.tasks.ifeval.utils")
     prompts = SHARED / "data" / "ifeval-input.jsonl"
     options: dict[str, Any] = {"grader": "ifeval", "max_new_tokens": 24}
     file = generate(demo_run.run, prompts, to=tmp_path / "answers.jsonl", **options).file
     responses = {row["prompt"]: row["response"] for row in read_rows(file)}
-    followed, lacking = list[bool](), 0
+    followed, checked = list[bool](), set[str]()
     for row in read_rows(prompts):
-        try:
-            found = checkers.process_results(row, [responses[row["prompt"]]])
-        except LookupError:
-            lacking += 1
-            assert NEED_NLTK & {*row["instruction_id_list"]}
-        else:
-            followed += found["inst_level_strict_acc"]
-    assert lacking < len(responses) / 5
+        named = zip(row["instruction_id_list"], row["kwargs"], strict=True)
+        kept = [(name, values) for name, values in named if name not in NEED_NLTK]
+        names, values = [name for name, _ in kept], [found for _, found in kept]
+        row |= {"instruction_id_list": names, "kwargs": values}
+        found = checkers.process_results(row, [responses[row["prompt"]]])
+        followed += found["inst_level_strict_acc"]
+        checked |= {*names}
+    assert len(checked) == 25 - len(NEED_NLTK)  # kinds of instructions in IFEval
     assert 0 < sum(followed) < len(followed)

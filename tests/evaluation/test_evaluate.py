@@ -105,7 +105,7 @@ def test_other_pairs_are_scored_and_those_trained_on_are_named(
     assert said not in make_page([record])
     assert "earlier adapter" in record.notes[0]
     # It has a split of its own to test on.
-    assert (shown["pairs"], shown["held_out"], shown["data"]) == (12, True, "others")
+    assert (shown["pairs"], shown["held_out"], shown["data"]) == (12, True, "others, split test")
 
 
 def test_two_runs_on_one_base_are_loaded_once(trained: Trained) -> None:

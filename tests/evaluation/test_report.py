@@ -156,7 +156,7 @@ def test_the_report_shows_every_part_and_escapes_all_texts(page: Path) -> None:
         "Cannot tell",
         "cannot tell with 200 pairs",
         '71.0% <span class="interval">65.0 to 77.0</span>',
-        "The loss is not finite at 1 steps, first at step 5000.",
+        "The loss is not finite at 1 step, first at step 5000.",
         "of the planned 3.00 GiB",
         "planned peak of tensors",
         "Answers to 1 held-out prompts",
@@ -190,14 +190,21 @@ def test_several_runs_are_overlaid_and_their_differing_settings_named(
     lock = json.loads((workspace / "other" / "lock.json").read_text("utf-8"))
     lock["recipe"]["lora.r"] = 4
     (workspace / "other" / "lock.json").write_text(json.dumps(lock), encoding="utf-8")
+    (workspace / "other" / "result.json").unlink()
+    with (workspace / "other" / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write("broken\n")
     code, said, complaint = call("report", "run", "other")
     assert code == 0, complaint
+    assert "note: other/metrics.jsonl: 1 line cannot be read" in said
+    assert "run:   Train longer." in said
+    assert "other:   The training has not ended. If it was stopped, continue it." in said
     assert "too few steps to tell" in said
     assert said.rstrip().endswith("wrote report.html; open it in a browser")
     text = (workspace / "report.html").read_text(encoding="utf-8")
     differing = text[text.index('id="runs"') : text.index('id="curves"')]
     assert re.findall(r'<tr><th scope="row">([\w.]+)', differing) == ["folder", "steps", "lora.r"]
     svg = text[text.index("<svg") : text.index("</svg>")]
+    assert "<code>orpo-lite train --resume other</code>" in text
     assert {"A run", "B other"} <= set(re.findall(r">([AB] \w+)</text>", svg))
 
 
@@ -227,7 +234,7 @@ def test_a_damaged_file_is_a_note_not_a_fault(
     assert all(note.split(":")[0].endswith(name) for note in record.notes)
     assert "cannot be read" in page or is_readable
     if name == "metrics.jsonl" and text:
-        assert "1 lines cannot be read" in page  # the last line is still being written
+        assert "1 line cannot be read" in page  # the last line is still being written
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, call: Callable[..., Answer]) -> None:
