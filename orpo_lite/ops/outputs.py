@@ -1,4 +1,4 @@
-"""Define PairLogps, the log-probabilities of pairs: the only model output an objective reads."""
+"""Define PairLogps, the log-probabilities of pairs. An objective reads no other model output."""
 
 from typing import NamedTuple
 
