@@ -49,7 +49,7 @@ class TrainState:
     """State of the loss scaler, only in a checkpoint. {} if activations are not float16."""
 
     def count_step(self, tokens: int, *, finite: bool) -> None:
-        """Count a step on ``tokens`` tokens. ``finite``: whether loss and gradient were finite."""
+        """Count a step on ``tokens`` tokens. ``finite``: were loss and gradient finite?"""
         self.step += 1
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         self.num_tokens += tokens
@@ -80,11 +80,14 @@ class TrainState:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Self:
-        """Return the state stored in ``value``, JSON values of this version or an earlier one.
+        """Return the state that the content of a state.json describes. Older versions are read too.
+
+        Args:
+            value: the JSON object in the file.
+            where: the file's path, for the error.
 
         Raises:
-            CheckpointError: the version is unknown, or fields are missing or unknown. The error
-                names the file ``where``.
+            CheckpointError: the version is unknown, or fields are missing or unknown.
         """
         values = dict(value)
         version = values.pop("version", 0)
