@@ -22,8 +22,8 @@ from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel
 from orpo_lite.ops.devices import is_on_host, is_out_of_memory
 from orpo_lite.ops.layers import embed_on_device, embed_on_host
 
-CACHE_BYTES = 2 << 30  # most bytes for the keys and values of one batch
-ROWS = 64  # most prompts in one batch
+CACHE_BYTES = 2 << 30  # largest size of the keys and values of one batch
+ROWS = 64  # largest number of prompts in one batch
 # Padding may change the logits by this much, in standard deviations of the logits. The rounding of
 # sums changes them less. A wrong position, or attention to padding, changes them more.
 SAME = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}

@@ -17,8 +17,8 @@ def apply_memory_settings(model: PairModel, recipe: Recipe) -> None:
         unfused = fuse_lora(model.model)
         if unfused:
             model.notes.append(
-                f"memory.fused_lora: {len(unfused)} adapted layers use peft's own operation "
-                f"({unfused[0]} ...)"
+                "memory.fused_lora: number of adapted layers that still use peft's own operation: "
+                f"{len(unfused)} ({unfused[0]} ...)"
             )
     _apply_layer_settings(model, recipe)
 
@@ -32,7 +32,7 @@ def _apply_layer_settings(model: PairModel, recipe: Recipe) -> None:
             which = f"{count - tiled} of {count} layers" if tiled else "this model"
             model.notes.append(
                 f"memory.mlp_tile has no effect on {which}: "
-                "there is no MLP that can process its tokens in parts"
+                "it needs an MLP that can process its tokens in parts"
             )
     if not model.layers and memory.checkpointed(1):
         model.notes.append(

@@ -23,7 +23,7 @@ def whole_steps(value: float, steps: int) -> int:
 
 
 def lr_factor(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """Return transformers' schedule as a function: step -> factor of the learning rate."""
+    """Return the learning-rate schedule of transformers as a function: step -> factor."""
     settings = recipe.training
     warmup = whole_steps(settings.warmup_steps, steps)
     name: str = settings.lr_scheduler_type

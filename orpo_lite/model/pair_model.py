@@ -65,7 +65,7 @@ class PairModel(nn.Module):
         self.backend = "auto"
         """The attention back-end of packed rows: see :class:`orpo_lite.ops.segments.Layout`."""
         self.target_kind: str | None = None
-        """On meta: the device kind for which a plan is made."""
+        """The device kind for which a plan is made, if the model is on meta; else None."""
         self.notes: list[str] = []
         """Notes for the user on how this model is loaded and trained, one line each."""
         # Without the layers of an image encoder: no pair goes through them.
@@ -73,7 +73,7 @@ class PairModel(nn.Module):
         self.layers = [
             module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)
         ]
-        """The decoder layers."""
+        """The decoder layers that can be checkpointed."""
         self.checkpointed = 0
         """Number of decoder layers, counted from the first one, that keep only their input."""
         if getattr(self.config.get_text_config(), "output_router_logits", False):

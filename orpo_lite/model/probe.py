@@ -42,7 +42,7 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
         model: the model with the settings of the training. If it has no trained parameters, only
             log-probabilities are compared and not gradients.
         max_length: number of tokens of the longest sequence.
-        tokens: number of tokens of the longest packed row. If it is 0, a row has one pair.
+        tokens: number of tokens of the longest packed row; 0 if a row has only one pair.
 
     Raises:
         ModelError: the model's own forward pass fails, gives numbers that are not finite, changes
@@ -172,9 +172,9 @@ def _check_own_forward(model: PairModel) -> None:
 
 
 def _logits_before_last_token(model: PairModel, where: str) -> tuple[Tensor, Tensor]:
-    """Return the logits of a sequence, and its logits after its last token has been changed.
+    """Return the logits of a sequence, and of the same sequence with another last token.
 
-    The logits at the last token are left out.
+    Both results leave out the logits at the last token.
     """
     (pair,) = random_pairs(model.config.get_text_config(), [(24, 9, 13)])
     batch = pack_pairs([pair], completion_only_loss=False, share=False).to(model.device)

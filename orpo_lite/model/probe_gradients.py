@@ -135,7 +135,7 @@ def replaced_modules(model: PairModel) -> list[nn.Module]:
 def own_layers(model: PairModel) -> Iterator[None]:
     """Use the model's and peft's own layers inside the ``with`` block.
 
-    An embedding in host memory stays in host memory. Layer inputs are still offloaded.
+    Settings that keep the embedding or the layers' inputs in host memory still have an effect.
     """
     modules = replaced_modules(model)
     forwards = [module.__dict__.pop("forward") for module in modules]

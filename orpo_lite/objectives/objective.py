@@ -50,7 +50,7 @@ class Metric(NamedTuple):
     digits: int = 4
     """Digits after the decimal point in the progress lines."""
     is_share: bool = False
-    """Whether the metric is a share of the pairs, which is printed in percent."""
+    """True if the metric is a share of the pairs. A share is printed in percent."""
 
 
 class Objective(ABC):
@@ -84,7 +84,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, logps: PairLogps, divisors: Divisors) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch's share of the step's loss, and the values of its ``parts``.
+        """Return a micro-batch's share of the step's loss, and its share of each of ``parts``.
 
         The shares of all micro-batches and processes add up to the step's loss. The planner calls
         this method on the meta device, where tensors have no values. So an objective must not
@@ -95,8 +95,8 @@ class Objective(ABC):
             divisors: divisors of the whole optimizer step.
 
         Returns:
-            A scalar for the backward pass, and the values of ``parts`` as a detached tensor of
-            shape (len(parts),).
+            A scalar for the backward pass, and the values named in ``parts`` as a detached tensor
+            of shape (len(parts),).
         """
 
     @abstractmethod

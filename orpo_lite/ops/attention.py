@@ -170,7 +170,7 @@ def _flash_attn_varlen(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """Compute attention with the flash-attn package. Only its fast kernel supports a softcap."""
+    """Compute attention with the flash-attn package. No other fast kernel supports a softcap."""
     q, k, v, lengths = as_sequences(query, key, value, segments)
     if q.is_meta:
         out = meta_flash_attention(q, k, v, len(segments))

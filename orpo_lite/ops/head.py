@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from orpo_lite.ops.outputs import PairLogps, at_least_float32
 
 CHUNK_BYTES = 96 << 20
-"""Bytes of a chunk's float32 logits. The chunk's matrix product is large enough for any device."""
+"""Size of a chunk's float32 logits in bytes. It is large enough to use any device well."""
 
 
 @dataclass(frozen=True)

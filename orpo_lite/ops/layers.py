@@ -129,7 +129,7 @@ class HostStore:
 LEAVING = 2
 """Number of tensors that may be on the device while they are copied to the host.
 
-A copy may thus take as long as two layers compute.
+So a copy may take as long as the computation of two layers.
 """
 
 

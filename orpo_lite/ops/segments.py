@@ -54,7 +54,7 @@ class Layout:
     backend: str = "auto"
     """auto, or one of BACKENDS: flash_cpu, varlen, flash_attn, efficient, sdpa, maths."""
     target_kind: str | None = None
-    """On meta: the device kind for which a plan is made, a result of :func:`device_kind`."""
+    """The :func:`device_kind` for which a plan is made, if the tensors are on meta; else None."""
 
 
 _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -83,7 +83,7 @@ class AttentionOptions(NamedTuple):
     """The options of a layer's attention, apart from its segments."""
 
     scale: float
-    """Factor of the scores."""
+    """Factor by which the scores are multiplied."""
     window: int | None
     """Number of tokens that a query sees, including itself; None: no limit."""
     softcap: float | None
@@ -150,7 +150,7 @@ class Run(NamedTuple):
 
 
 PADDING = 2
-"""Upper bound for each run: its number of rows with padding / its number without padding."""
+"""Upper bound, for each run, of (number of rows with padding) / (number without padding)."""
 
 
 @lru_cache(maxsize=4)

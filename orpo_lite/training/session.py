@@ -51,11 +51,11 @@ class Session:
     trained: list[torch.nn.Parameter] = field(init=False)
     """The parameters of the adapter."""
     per_epoch: int = field(init=False)
-    """Steps in one pass over the training pairs."""
+    """Number of steps in one pass over the training pairs."""
     steps: int = field(init=False)
-    """Steps of the whole training."""
+    """Number of steps in the whole training."""
     eval_every: int = field(init=False)
-    """Steps from one evaluation to the next."""
+    """Number of steps from one evaluation to the next."""
 
     def __post_init__(self) -> None:
         settings = self.recipe.training
@@ -179,7 +179,7 @@ def refuse_fewer_steps(recipe: Recipe, inputs: Inputs, path: Path) -> None:
         key = "training.max_steps" if recipe.training.max_steps > 0 else "training.num_train_epochs"
         raise CheckpointError(
             where=f"run {path}, {folder.name}",
-            found=f"{done} steps are done, but {key} asks for {steps} in all",
+            found=f"{done} steps are done, but {key} asks for a total of {steps}",
             expected=f"at least {done} steps",
             fix=resume_command(path, {"training.max_steps": done}),
         )

@@ -28,25 +28,26 @@ class TrainState:
     best_step: int | None = None
     """The step with the lowest held-out loss."""
     best_loss: float | None = None
-    """The held-out loss of that step."""
+    """The held-out loss of the step ``best_step``."""
     worse_in_a_row: int = 0
-    """Evaluations in a row without a lower held-out loss."""
+    """Number of evaluations in a row without a lower held-out loss."""
     before: dict[str, float] = field(default_factory=dict)
     """Held-out metrics before the first step; {} without held-out pairs."""
     after: dict[str, float] = field(default_factory=dict)
-    """Held-out metrics of the best step."""
+    """Held-out metrics of the best step. After the training: of the step whose adapter is kept."""
     latest: dict[str, float] = field(default_factory=dict)
     """Held-out metrics of the last evaluation."""
     bad_in_a_row: int = 0
-    """Steps in a row whose loss or gradient was not finite."""
+    """Number of steps in a row whose loss or gradient was not finite."""
     num_tokens: int = 0
-    """Tokens of all pairs so far: both replies, each with its prompt."""
+    """Number of tokens in all pairs so far. A pair has two replies, each with its prompt."""
     memory: dict[str, Any] = field(default_factory=dict)
     """Settings of ``memory`` that were changed because a step ran out of memory."""
     optimizer: dict[str, Any] = field(default_factory=dict)
-    """Scalars of the optimizer's state, only in a checkpoint. Its tensors are in another file."""
+    """Scalars of the optimizer's state. {} except in a checkpoint, which stores the state's tensors
+    in another file."""
     scaler: dict[str, Any] = field(default_factory=dict)
-    """State of the loss scaler, only in a checkpoint. {} if activations are not float16."""
+    """State of the loss scaler. {} except in a checkpoint if activations are float16."""
 
     def count_step(self, tokens: int, *, finite: bool) -> None:
         """Count a step on ``tokens`` tokens. ``finite``: were loss and gradient finite?"""
@@ -102,7 +103,7 @@ class TrainState:
             raise CheckpointError(
                 where=where,
                 found=found,
-                expected=f"version {VERSION} or an earlier one",
+                expected=f"the fields of version {VERSION} or of an earlier version",
                 fix="resume with the version of orpo-lite that lock.json names",
             )
         return cls(**values)

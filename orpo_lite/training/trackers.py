@@ -182,13 +182,13 @@ class Trackers:
         return str(read_json(file, {"id": str})["id"])
 
     def _place(self, name: str) -> str:
-        """Return the command or the URL that opens the tracker."""
+        """Return a text that gives the command or the URL that opens the tracker."""
         if name == "tensorboard":
-            return f"tensorboard --logdir {self._path / name}"
+            return f"to open it, run tensorboard --logdir {self._path / name}"
         if name == "trackio":
-            return f"trackio show --project {_project(name)}"
+            return f"to open it, run trackio show --project {_project(name)}"
         url = self._active[name].tracker.url
-        return str(url or f"offline, in {self._path / 'wandb'}; send it with wandb sync")
+        return str(url or f"offline, in {self._path / 'wandb'}; to send the run, use wandb sync")
 
     def _call(self, function: Callable[..., object], *args: Any) -> Iterator[Update]:
         """Call ``function`` with each tracker and the arguments."""
