@@ -65,7 +65,7 @@ def checkpoint_layers(
 def _evaluation_mode(layer: nn.Module) -> Iterator[None]:
     """Put the layer into evaluation mode inside the ``with`` block.
 
-    The layer is in training mode only because transformers checkpoints no other layers.
+    The layer is in training mode because transformers checkpoints only layers in this mode.
     """
     was_training, layer.training = layer.training, False
     try:
@@ -282,8 +282,9 @@ class _Place(NamedTuple):
 def tile_mlps(layers: Sequence[nn.Module], tokens: int, *, has_dropout: bool) -> int:
     """Make each layer's MLP process its tokens in tiles. Return the number of MLPs changed.
 
-    A tile has ``tokens`` tokens. The backward pass computes each tile again, with the last matrix
-    product, although its result is not used. This costs about 9% more FLOPs.
+    A tile has ``tokens`` tokens. The backward pass computes each tile again. This includes the
+    MLP's last matrix product, although the backward pass does not need the product's result. Tiling
+    costs about 9% more FLOPs.
     """
     found = 0
     for layer in layers:
