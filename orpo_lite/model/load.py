@@ -221,7 +221,7 @@ class _LoadingLog(logging.Handler):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record inside the ``with`` block."""
+        """Record log messages inside the ``with`` block."""
         logger = logging.getLogger("transformers.modeling_utils")
         level, is_disabled = logger.level, logger.disabled
         logger.addHandler(self)

@@ -77,7 +77,7 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
 
 
 def probe_operations(model: PairModel) -> None:
-    """Compare this package's layers, but no routes, with the model's own layers.
+    """Compare this package's layers with the model's own layers, but compare no routes.
 
     This is for recipes without packing, which use no routes.
     """
@@ -86,7 +86,7 @@ def probe_operations(model: PairModel) -> None:
 
 
 def _compare_operations(model: PairModel) -> Gradient | None:
-    """Compare this package's layers with the model's own layers, and return the own gradient.
+    """Compare this package's layers with the model's own. Return the model's own gradient.
 
     If this package's layers give another gradient, the model's own layers are used from now on.
     Without trained parameters there is nothing to compare, and the result is None.

@@ -36,12 +36,12 @@ class Gradient(NamedTuple):
 
 
 def own_gradient(model: PairModel) -> Gradient:
-    """Return the gradient of the model's and peft's own layers, computed with all logits.
+    """Return the gradient of the model's and peft's own layers, and a bound for rounding errors.
 
-    In half precision, the bound is measured. The first layer's input is rounded once more, and the
-    bound is three times the effect on the gradient, but at least 0.01 and at most 0.3. The same
-    operations in another order have an effect of the same size: from 1% of the gradient (Llama) to
-    10% (Gemma).
+    The gradient is computed with all logits in memory. In half precision, the bound is measured:
+    the first layer's input is rounded once more, and the bound is three times the effect on the
+    gradient, but at least 0.01 and at most 0.3. The same operations in another order have an effect
+    of the same size: from 1% of the gradient (Llama) to 10% (Gemma).
     """
     with own_layers(model):
         parts = _gradient(model, "logits")

@@ -65,7 +65,7 @@ class ValueComparison:
 
     @cached_property
     def _expected(self) -> tuple[Tensor, float]:
-        """The short pairs' log-probabilities by ``logits``, and the largest rounding error."""
+        """The short pairs' log-probabilities on the route ``logits``, and the rounding bound."""
         logps = mean_logps(self.model, self.short, "logits")
         return logps, _value_bound(self.model, self.short, logps)
 

@@ -24,8 +24,8 @@ def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[s
 
     - The layers of :func:`bypassed_layers`.
     - On a CPU: the layers whose width is in :func:`wrong_widths`.
-    - The output head. transformers skips it by default, but not if other names are given. So [] is
-      returned if there are no other names.
+    - The output head, if there are other names. If there are none, the result is [], because
+      transformers then skips the head by default.
     """
     if not recipe.quantization.load_in_4bit:
         return []
@@ -96,7 +96,7 @@ def is_transposed(layer: Any) -> bool:
 
 
 def layer_shape(layer: Any) -> tuple[int, int]:
-    """Return a layer's number of inputs and number of outputs."""
+    """Return (number of inputs, number of outputs) of a linear or Conv1D layer."""
     rows, columns = layer.weight.shape
     return (rows, columns) if is_transposed(layer) else (columns, rows)
 
