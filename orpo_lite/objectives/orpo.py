@@ -98,8 +98,8 @@ def orpo_loss(
             paper's text.
 
     Returns:
-        A scalar for the backward pass, and the detached :attr:`Orpo.parts` as a tensor of shape
-        (6,).
+        A scalar for the backward pass, and the values named in :attr:`Orpo.parts` as a detached
+        tensor of shape (6,).
     """
     log_odds_P = log_odds(logps.chosen_P, logps.rejected_P)
     log_sigmoid_P = F.logsigmoid(log_odds_P)  # -L_OR, Eq. 7
@@ -118,10 +118,10 @@ def orpo_loss(
 def log1mexp(logp: Tensor) -> Tensor:
     """Return ``log(1 - exp(logp))`` for logp <= 0 of any shape, in at least float32.
 
-    The gradient is finite even at logp = 0, because logp is clamped below zero before both
-    branches. Without the clamp it could be NaN: ``torch.where`` multiplies the gradient of the
-    unused branch by zero, and zero times infinity is NaN. The branches follow Mächler, "Accurately
-    computing log(1 - exp(-|a|))".
+    Values close to zero and other values use different formulas (Mächler, "Accurately computing
+    log(1 - exp(-|a|))"). The gradient is finite even at logp = 0, because logp is first clamped
+    below zero. Without the clamp, the gradient could be NaN: ``torch.where`` multiplies the
+    gradient of the unused formula by zero, and zero times infinity is NaN.
     """
     logp = at_least_float32(logp)
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
