@@ -58,7 +58,7 @@ def find_newest(run: Path) -> tuple[Path, list[str]]:
     raise CheckpointError(
         where=f"run {run}",
         found="no valid checkpoint" + "".join(f"; {fault}" for fault in faults),
-        expected="a checkpoint to resume from",
+        expected="a valid checkpoint from which the run can resume",
         fix="train again with another training.output_dir",
     )
 

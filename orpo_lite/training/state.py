@@ -76,7 +76,7 @@ class TrainState:
         return True
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields and the version as JSON values."""
+        """Return the content of state.json: the fields and the version number."""
         return {"version": VERSION, **asdict(self)}
 
     @classmethod

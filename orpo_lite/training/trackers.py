@@ -119,7 +119,7 @@ class Trackers:
                     yield from self._call_one("tensorboard", _log, row)
 
     def follow(self, updates: Generator[Update, None, Result]) -> Generator[Update, None, Result]:
-        """Log the metrics in a training's updates. Yield the updates, and return its result."""
+        """Yield a training's updates and log their metrics. Return the training's result."""
         if not self._active:
             return (yield from updates)
         try:
