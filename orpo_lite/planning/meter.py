@@ -1,4 +1,4 @@
-"""Count the memory of all storages and the work of all operators of a step."""
+"""Count the bytes of all tensors in a step, and the FLOPs and memory traffic of all operators."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
 
 
 def allocated_bytes(storage: torch.UntypedStorage) -> int:
-    """Return the bytes that the allocator reserves for a storage."""
+    """Return the bytes that torch's CUDA allocator reserves for a storage."""
     return -(-storage.nbytes() // ROUNDING) * ROUNDING
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of each storage that an operator returns, until the storage is freed.
+    """Counts the bytes of tensors in use, as a context manager.
 
-    Pass tensors that existed before counting, such as weights, as ``known``. Otherwise they are
-    counted at their first use. Views and allocations inside kernels are not counted. Sizes are
-    rounded up to 512 bytes.
+    A storage is counted from the operator that returns it until the storage is freed. Pass tensors
+    that existed before counting, such as weights, as ``known``. Otherwise they are counted at their
+    first use. Views and allocations inside kernels are not counted. Sizes are rounded up to 512
+    bytes.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:

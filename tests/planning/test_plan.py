@@ -515,7 +515,7 @@ def test_memory_of_other_processes_is_seen_and_left(monkeypatch: pytest.MonkeyPa
     _, gpu, memory = check_device()
     assert (gpu.state, memory.state) == ("ok", "warning")
     assert "driver 580.65, compute capability 8.9, bfloat16" in gpu.found
-    assert memory.found.endswith("free; python3 (pid 1) holds 3.00 GiB")
+    assert memory.found.endswith("free; python3 (pid 1) uses 3.00 GiB")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90", "compute_90"])
     assert [check.state for check in check_device()] == ["ok", "fault", "warning"]
 
@@ -738,7 +738,9 @@ def test_a_base_that_cannot_be_counted_trains_with_its_memory_settings_as_they_a
     )
     updates, result = train_all(small_recipe(*keys, "memory.budget=1GiB", "training.max_steps=1"))
     assert [
-        note for note in notes(updates) if "its step cannot be measured without weights" in note
+        note
+        for note in notes(updates)
+        if "a training step cannot be measured without weights" in note
     ]
     assert result.steps == 1
     assert not (result.run / "plan.json").exists()
