@@ -68,7 +68,7 @@ def check_four_bit() -> Iterator[Check]:
         fix = "pip install --force-reinstall bitsandbytes; or set quantization.load_in_4bit=false"
         yield Check("4-bit product", "fault", found, fix)
     else:
-        found = f"bitsandbytes is right on {where} (within {max(errors.values()):.0e})"
+        found = f"bitsandbytes is correct on {where} (error at most {max(errors.values()):.0e})"
         yield Check("4-bit product", "ok", found)
 
 
@@ -151,7 +151,7 @@ def check_attention() -> Iterator[Check]:
             fix = "pip uninstall flash-attn, or build it for this torch"
         yield Check("attention", "fault" if name == used else "warning", f"{label} {text}", fix)
     if right:
-        yield Check("attention", "ok", f"right on {device.type}: {', '.join(right)}")
+        yield Check("attention", "ok", f"correct on {device.type}: {', '.join(right)}")
 
 
 def _with_gradients(

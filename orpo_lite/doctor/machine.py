@@ -263,7 +263,7 @@ def check_hub() -> Iterator[Check]:
         return
     yield Check("hub", "ok", "answers")
     rights = {"fineGrained": "fine-grained rights", "": "unknown rights"}
-    found = f"of {name}, with {rights.get(role, f'{role} access')}"
+    found = f"belongs to {name}, with {rights.get(role, f'{role} access')}"
     if role == "read":
         fix = f"a push needs write access: {LOGIN}"
         yield Check("hub token", "warning", found, fix, (name,))

@@ -210,7 +210,7 @@ def _write_merged(
 def _merged_blocks(
     plan: Plan, files: Iterable[Iterable[Stored]], changed: set[str], trained_in: torch.dtype
 ) -> Iterator[Tensor]:
-    """Yield the contents of all files, in order.
+    """Yield the blocks of all merged tensors, in the order of the files.
 
     The names of parameters that differ from the base after the merge are added to ``changed``.
     """

@@ -40,7 +40,7 @@ class Plan:
     targets: int
     """Number of adapted layers."""
     quantised: frozenset[str]
-    """Stored tensors that are quantised to 4 bit and back before the merge."""
+    """Stored tensors that are quantised to 4 bit and dequantised again before the merge."""
     transposed: frozenset[str]
     """Matrices that are stored as (inputs, outputs), as in GPT-2."""
     bypassed: tuple[str, ...]
@@ -237,7 +237,7 @@ def _adapter_tensors(
 
 
 def _equal(tensor: Stored, own: Stored) -> bool:
-    """Return whether ``own``, in the dtype of ``tensor``, holds the same numbers."""
+    """Return whether ``own`` has the same numbers once it has the dtype of ``tensor``."""
     if tensor.shape != own.shape:
         return False
     for rows in in_blocks(tensor):

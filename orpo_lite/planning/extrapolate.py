@@ -60,7 +60,7 @@ class LayerExtrapolation:
         Args:
             recipe: the recipe with the chosen memory settings.
             config: transformers' configuration of the base.
-            triples: the token counts of the pairs.
+            triples: the token counts of the pairs: see :data:`orpo_lite.planning.on_meta.Triples`.
             kind: the kind of device to plan for: see :func:`orpo_lite.ops.devices.device_kind`.
             planned: the route of pairs through the model.
             models: the cache of models from earlier measurements of the recipe; None for a new one.

@@ -23,7 +23,7 @@ class Gpu:
     flops: float
     """FLOPs per second of dense bfloat16 matrix products that are summed in float32."""
     bandwidth: float
-    """Bytes per second to and from its memory."""
+    """Bytes per second between the GPU and its memory."""
     capability: tuple[int, int] = (8, 0)
     """NVIDIA's compute capability."""
 
@@ -87,7 +87,7 @@ class Holder:
     program: str
     """The program's file name without its folder; "" if the driver does not report it."""
     memory: int
-    """Bytes that it uses; 0 if the driver does not report them."""
+    """Bytes that the process uses; 0 if the driver does not report them."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class LocalGpu:
 
     gpu: Gpu
     free: int
-    """Bytes that this process may use: the free ones, and those that it uses already."""
+    """Bytes that this process may use: the free bytes plus the bytes that it uses already."""
     holders: tuple[Holder, ...] = ()
     driver: str = ""
     """The driver's version; "" if the driver does not answer."""

@@ -45,7 +45,7 @@ class StepMemory:
     host: int
     """The largest number of bytes in host memory at one time."""
     work: Counter[tuple[int, int]]
-    """Number of operators by (FLOPs, bytes moved). All FLOPs of attention are one extra entry."""
+    """(FLOPs, bytes moved) -> number of such operators. One extra entry has attention's FLOPs."""
     sent: int
     """Bytes that were copied to host memory. They are copied back later."""
     paged: int
@@ -156,7 +156,7 @@ def measure(
     Args:
         recipe: the recipe with the memory settings to measure.
         config: transformers' configuration of the base.
-        triples: the token counts of the pairs.
+        triples: the token counts of the pairs: see :data:`orpo_lite.planning.on_meta.Triples`.
         kind: the kind of device to plan for: see :func:`orpo_lite.ops.devices.device_kind`.
         planned: the route of pairs through the model; if None, :func:`find_route` finds it.
         models: the cache of models from earlier measurements of the recipe; None for a new one.

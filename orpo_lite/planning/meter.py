@@ -54,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
         self.sent = 0
         """Total bytes copied to host memory. They are copied back later."""
         self.work: Counter[tuple[int, int]] = Counter()
-        """Number of operators by (FLOPs, bytes moved). FLOPs of attention kernels are missing."""
+        """(FLOPs, bytes moved) -> number of such operators. FLOPs of attention are missing."""
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         """Each storage in use, by its id. A weakref callback is cheaper than weakref.finalize."""
         for tensor in known:
@@ -64,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         """Return False, so that torch calls ``__torch_dispatch__`` without a costly wrapper.
 
-        The wrapper would disable torch.compile while an operator runs. ``_run`` does so too.
+        The wrapper would disable torch.compile while an operator runs. ``_run`` does this already.
         """
         return False
 
@@ -167,7 +167,7 @@ _results: dict[Any, _CachedResult] = {}
 
 
 def _key(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-    """Return the cache key of an operator and its arguments; None if it cannot be cached.
+    """Return the cache key of an operator and its arguments; None if there is no key for them.
 
     Add the tensors among the arguments to ``tensors``.
     """

@@ -190,7 +190,7 @@ def _notes_on_length(planner: Planner) -> list[str]:
 
 
 def _similar_gpu(budget: int) -> Gpu:
-    """Return the smallest known GPU with about ``budget`` bytes or more, for its speed."""
+    """Return the smallest known GPU with 95% of ``budget`` bytes or more. Its speed is assumed."""
     return next((gpu for gpu in GPUS if gpu.memory >= 0.95 * budget), GPUS[-1])
 
 

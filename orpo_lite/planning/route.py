@@ -1,4 +1,4 @@
-"""Predict which route of pairs through a model ``model.probe`` will choose at the training."""
+"""Predict how pairs will go through a model: the route that ``model.probe`` will choose."""
 
 import copy
 import logging
@@ -34,11 +34,11 @@ class PlannedRoute:
 
     route: Route
     attention: str | None
-    """transformers' name of an attention function that replaces the model's own; or None."""
+    """Name of the attention function that replaces the model's own; None if nothing replaces it."""
     uncounted: float
-    """Share of the layers whose attention FLOPs are not counted by the count of operators."""
+    """Share of the layers (0 to 1) in which ``LiveBytes`` does not count the FLOPs of attention."""
     reason: str = ""
-    """Why the route that the recipe asks for is not used; "" if it is used."""
+    """Why the route of the recipe cannot be used; "" if it is used."""
 
     def apply(self, model: PairModel, kind: str) -> None:
         """Make a model on meta use this route. ``kind`` is the kind of device to plan for."""
@@ -83,7 +83,7 @@ def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Plan
 def _try_route(
     planned: PlannedRoute, name: str, recipe: Recipe, config: Any, kind: str
 ) -> float | str:
-    """Run a pair on a route. Return the share of layers that call the attention ``name``.
+    """Run a pair on a route. Return the share of layers that call the attention function ``name``.
 
     If the model cannot run on this route, return the reason.
     """

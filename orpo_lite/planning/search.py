@@ -47,7 +47,7 @@ class Change:
     keys: Mapping[str, Any]
     """``section.key`` -> value."""
     needed: int
-    """Bytes that the training needs with these keys."""
+    """Bytes that the training needs after the change."""
     fits: bool
 
 
@@ -57,7 +57,7 @@ class GpuRow:
 
     gpu: Gpu
     settings: Mapping[str, Any] | None
-    """Values for keys of ``memory``; None if the recipe does not fit."""
+    """Key of ``memory`` -> value; None if the training does not fit the GPU."""
     needed: int
     seconds_per_pair: float | None
 
@@ -67,7 +67,7 @@ class MemoryPlan:
     """Memory settings, and the memory and time that a step needs with them."""
 
     settings: Mapping[str, Any]
-    """Values for the keys of ``memory``."""
+    """Key of ``memory`` -> value."""
     budget: int | None
     """Bytes that the run may use; None if unknown."""
     gpu: Gpu | None
@@ -127,7 +127,7 @@ class MemoryPlan:
         """
         step, pair_seconds = self.measured, self.seconds_per_pair
         memory = (
-            f"{gib(self.needed)} needed of {gib(self.budget or 0)}, {gib(self.peak)} for tensors"
+            f"{gib(self.needed)} needed of {gib(self.budget or 0)} ({gib(self.peak)} for tensors)"
         )
         if others:
             memory += f"; other processes use {gib(others)}"
@@ -181,7 +181,7 @@ class Planner:
     def _whole(self) -> tuple[int, int, int]:
         """(bytes on the device in all steps, bytes of the input embedding, bytes while loading).
 
-        The second number is 0 if the embedding is tied: then it cannot move to host memory.
+        The second number is 0 for a tied embedding, because it cannot move to host memory.
         """
         on_device = self.recipe.with_memory({"embedding_on_cpu": False})
         dtype = choose_dtype(on_device.model.dtype, self.kind)
@@ -192,7 +192,7 @@ class Planner:
         return sum(resident.values()), embedding, loading_bytes(model, resident)
 
     def choices(self) -> list[dict[str, Any]]:
-        """Return the combinations of memory settings to try, without the number of checkpoints.
+        """Return the combinations of memory settings to try, without ``activation_checkpointing``.
 
         The simplest combinations come first. The last one is :meth:`smallest_settings`.
         """
@@ -236,7 +236,7 @@ class Planner:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest pair. On the route shared, a common prefix counts once."""
+        """Tokens of the longest pair. With the route "shared", the common prefix counts once."""
         return self._longest(1)
 
     def _longest(self, count: int) -> int:
@@ -249,7 +249,7 @@ class Planner:
     def _amounts(self, *, partly: bool = False) -> list[int]:
         """Return the possible numbers of un-checkpointed layers.
 
-        ``partly`` excludes the number of all layers.
+        If ``partly``, at least one layer is checkpointed.
         """
         amount = self.recipe.memory.activation_checkpointing
         if amount == "auto":
@@ -476,7 +476,7 @@ def fit(
 
 def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
     """Return the error for a plan that does not fit. Its fix lists the changes that would fit."""
-    found = f"the smallest step needs {gib(plan.needed)}, and the budget is {gib(plan.budget or 0)}"
+    found = f"at least {gib(plan.needed)} are needed, and the budget is {gib(plan.budget or 0)}"
     lines = []
     for change in changes:
         keys = " ".join(f"{key}={to_text(value)}" for key, value in change.keys.items())
