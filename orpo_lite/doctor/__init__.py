@@ -1,7 +1,7 @@
-"""Check if this machine can train, and if it can train a given recipe.
+"""Check whether this machine can train, and whether it can train a given recipe.
 
-Heavy libraries are imported inside the checks. If one of them is broken, only the check that
-imports it reports a fault. The other checks still run.
+Heavy libraries are imported inside the checks. If a library is broken, only the check that imports
+it reports a fault. The other checks still run.
 
 Import order: check, kernels, machine, run, bug_report.
 """

@@ -1,4 +1,4 @@
-"""Write the results of the checks as text for an issue, without private data."""
+"""Write the results of the checks as text for a GitHub issue, without private data."""
 
 import os
 import platform
@@ -20,7 +20,10 @@ MARKS = {"fault": "FAULT", "warning": "warning", "ok": "ok"}
 
 
 def bug_report(checks: Sequence[Check]) -> str:
-    """Return the results as Markdown, without tokens, paths, and names of people or machines."""
+    """Return the results as Markdown for an issue.
+
+    The text contains no access tokens, local paths, private URLs, or user and machine names.
+    """
     private = sorted({name for check in checks for name in check.private}, key=len, reverse=True)
     lines = [f"**orpo-lite doctor**, {platform.system()} {platform.machine()}", ""]
     for check in checks:
@@ -32,7 +35,10 @@ def bug_report(checks: Sequence[Check]) -> str:
 
 
 def anonymous(text: str) -> str:
-    """Return ``text`` with tokens, paths, addresses, user and machine names replaced."""
+    """Replace access tokens, paths, URLs, and user and machine names in ``text`` by placeholders.
+
+    URLs of huggingface.co and pytorch.org are not replaced.
+    """
     secrets = [value for name, value in os.environ.items() if SECRET.search(name)]
     with suppress(Exception):  # the login may have expired, and renewing it may fail
         from huggingface_hub import get_token

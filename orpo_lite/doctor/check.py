@@ -27,7 +27,11 @@ Checks = Iterable[Check]
 
 
 def run_check(name: str, check: Callable[[], Checks], limit: float) -> list[Check]:
-    """Run a check. An exception, or more than ``limit`` seconds, becomes a fault in the result."""
+    """Run a check and return its results.
+
+    If the check raises an exception or takes more than ``limit`` seconds, the last result is a
+    fault.
+    """
     found: list[Check] = []
     errors: list[BaseException] = []
 

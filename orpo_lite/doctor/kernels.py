@@ -1,4 +1,4 @@
-"""Test the kernels of a training step: the 4-bit product of bitsandbytes, and attention."""
+"""Test the kernels that a training step uses: bitsandbytes' 4-bit product, and attention."""
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -14,17 +14,17 @@ TORCH_PAGE = "https://pytorch.org/get-started/locally"
 
 
 def used_device() -> "torch.device":
-    """Return the device that a training would use."""
+    """Return the device that a training would use: the first GPU, or the CPU if there is none."""
     import torch
 
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def check_four_bit() -> Iterator[Check]:
-    """Multiply by a 4-bit matrix with bitsandbytes, and compare with the same product by torch.
+    """Compare two products with a 4-bit matrix: one by bitsandbytes, one by torch.
 
-    torch unpacks the 4-bit numbers for its own product. So a wrong kernel of bitsandbytes can only
-    affect one of the products.
+    For the second product, torch unpacks the 4-bit numbers. So a wrong kernel of bitsandbytes
+    changes only the first product, and the two products differ.
     """
     import bitsandbytes as bnb
     import torch
@@ -68,7 +68,7 @@ def check_four_bit() -> Iterator[Check]:
         fix = "pip install --force-reinstall bitsandbytes; or set quantization.load_in_4bit=false"
         yield Check("4-bit product", "fault", found, fix)
     else:
-        found = f"bitsandbytes is right on {where} (within {max(errors.values()):.0e})"
+        found = f"bitsandbytes is correct on {where} (error at most {max(errors.values()):.0e})"
         yield Check("4-bit product", "ok", found)
 
 
@@ -79,9 +79,10 @@ The widest gap between two of the 16 numbers of NF4 is 0.30. Rounding errs by at
 
 
 def unpack_nf4(parameter: Any) -> "torch.Tensor":
-    """Return the matrix of a 4-bit parameter, unpacked by torch. Its scales must be float32.
+    """Unpack a 4-bit parameter with torch, and return the matrix. The scales must be float32.
 
-    A byte holds two numbers, the first one in its high half. Each block of numbers has one scale.
+    A byte contains two 4-bit numbers, the first one in the high half of the byte. Each block of
+    numbers has one scale.
     """
     import torch
 
@@ -94,16 +95,16 @@ def unpack_nf4(parameter: Any) -> "torch.Tensor":
 
 
 def relative_error(found: Any, exact: Any) -> float:
-    """Return the largest difference of two tensors, relative to the largest exact value."""
+    """Return max |found - exact| / max |exact|, computed in float64."""
     exact = exact.detach().double().cpu()
     difference = (found.detach().double().cpu() - exact).abs().max()
     return float(difference / exact.abs().max())
 
 
 def check_attention() -> Iterator[Check]:
-    """Run the attention back-ends of this device on two segments, with gradients.
+    """Compare each attention back-end of this device with the softmax formula in float64.
 
-    Their results are compared with the softmax formula in float64.
+    Outputs and gradients are compared, on a row of two segments.
     """
     import torch
 
@@ -150,7 +151,7 @@ def check_attention() -> Iterator[Check]:
             fix = "pip uninstall flash-attn, or build it for this torch"
         yield Check("attention", "fault" if name == used else "warning", f"{label} {text}", fix)
     if right:
-        yield Check("attention", "ok", f"right on {device.type}: {', '.join(right)}")
+        yield Check("attention", "ok", f"correct on {device.type}: {', '.join(right)}")
 
 
 def _with_gradients(

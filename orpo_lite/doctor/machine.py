@@ -22,7 +22,7 @@ EXTRAS = ("eval", "gguf", "liger", "llama-cpp", "plot", "track")
 
 
 def check_packages() -> Iterator[Check]:
-    """Compare the installed versions with those that orpo-lite needs."""
+    """Compare the installed package versions with the versions that orpo-lite requires."""
     from packaging.requirements import Requirement
 
     from orpo_lite import __version__
@@ -58,7 +58,7 @@ def _version(package: str) -> str | None:
 
 
 def _describe_extras() -> str:
-    """Return which packages of the extras are installed, and which are not."""
+    """Return text that lists which packages of the extras are installed and which are not."""
     from packaging.requirements import Requirement
 
     present, absent = [], []
@@ -83,7 +83,7 @@ def _describe_extras() -> str:
 
 
 def check_device() -> Iterator[Check]:
-    """Check that torch can use the GPUs. Report their free memory, and who uses the rest."""
+    """Check that torch can use the GPUs. Report free memory, and the processes that use memory."""
     import torch
 
     from orpo_lite.planning.device import find_unusable_gpu
@@ -151,12 +151,12 @@ def _describe_gpu_memory(local: Any) -> Check:
     holders = sorted(local.holders, key=lambda holder: -holder.memory)
     if holders:
         found += "; " + ", ".join(
-            f"{holder.program or 'a program'} (pid {holder.pid}) holds {gib(holder.memory)}"
+            f"{holder.program or 'a program'} (pid {holder.pid}) uses {gib(holder.memory)}"
             for holder in holders[:5]
         )
     if local.free > 0.9 * local.gpu.memory:
         return Check("GPU memory", "ok", found)
-    fix = "end programs that you do not need (nvidia-smi lists them); a plan uses the free memory"
+    fix = "end programs that you do not need (nvidia-smi lists them); a plan uses only free memory"
     return Check("GPU memory", "warning", found, fix)
 
 
@@ -164,7 +164,7 @@ def _describe_gpu_memory(local: Any) -> Check:
 
 
 def check_host_memory() -> Iterator[Check]:
-    """Report the free RAM, and whether memory can be pinned for copies to and from a GPU."""
+    """Report the free RAM, and whether RAM can be pinned (page-locked) for copies to a GPU."""
     import torch
 
     from orpo_lite.recipe.text import gib
@@ -185,7 +185,7 @@ def check_host_memory() -> Iterator[Check]:
 
 
 def free_ram() -> int:
-    """Return the bytes of RAM that are available. The limit of a container is respected."""
+    """Return the free bytes of RAM, at most those that the container's memory limit leaves."""
     text = Path("/proc/meminfo").read_text(encoding="ascii")
     found = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
     free = 1024 * int(found[1]) if found else 0
@@ -197,7 +197,7 @@ def free_ram() -> int:
 
 
 def check_disk_space() -> Iterator[Check]:
-    """Report the free space on the disks of the folders that a training writes to."""
+    """Report the free disk space for each folder that a training writes to."""
     from huggingface_hub import constants
 
     from orpo_lite.data.cache import VARIABLE, configured_folder
@@ -231,7 +231,7 @@ def _describe_disk(name: str, folder: Path, key: str) -> Check:
 
 
 def check_hub() -> Iterator[Check]:
-    """Report whether the hub answers, and what the access token permits. No token is shown."""
+    """Report whether the hub answers, and what the access token permits. The token is not shown."""
     from huggingface_hub import constants, get_session
 
     from orpo_lite.publishing.account import find_account
@@ -250,7 +250,7 @@ def check_hub() -> Iterator[Check]:
             )
             return
         yield Check("hub", "ok", "answers")
-        yield Check("hub token", "ok", "there is none; you need one for gated models and to push")
+        yield Check("hub token", "ok", "none found; gated models and `orpo-lite push` need one")
         return
     asking = find_account()
     try:
@@ -263,7 +263,7 @@ def check_hub() -> Iterator[Check]:
         return
     yield Check("hub", "ok", "answers")
     rights = {"fineGrained": "fine-grained rights", "": "unknown rights"}
-    found = f"of {name}, with {rights.get(role, f'{role} access')}"
+    found = f"belongs to {name}, with {rights.get(role, f'{role} access')}"
     if role == "read":
         fix = f"a push needs write access: {LOGIN}"
         yield Check("hub token", "warning", found, fix, (name,))

@@ -1,4 +1,4 @@
-"""Run all checks of the machine and, if a recipe is given, those of the recipe."""
+"""Run all checks of the machine. If a recipe is given, check the recipe too."""
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
@@ -35,7 +35,10 @@ CHECKS: list[tuple[str, Callable[[], Checks], float]] = [
 
 
 def doctor(recipe: Recipe | None = None) -> list[Check]:
-    """Check this machine, and if ``recipe`` can be trained on it. Nothing is downloaded."""
+    """Check this machine, and whether it can train ``recipe``.
+
+    Weights and datasets are not downloaded. The base's config.json may be.
+    """
     return run_to_end(doctor_events(recipe), lambda _: None)
 
 
@@ -53,7 +56,9 @@ def doctor_events(recipe: Recipe | None = None) -> Generator[Update, None, list[
 
 
 def check_recipe(recipe: Recipe, *, is_online: bool) -> Iterator[Check]:
-    """Plan the recipe for this machine, and look for its base and data without a download.
+    """Check that the recipe fits this machine, and that its base and data can be read.
+
+    A base or dataset that is not on this machine is not downloaded. The hub must then be reachable.
 
     ``is_online``: True if the hub answers or HF_HUB_OFFLINE is set.
     """
@@ -73,7 +78,7 @@ def check_recipe(recipe: Recipe, *, is_online: bool) -> Iterator[Check]:
     if report.plan.fits and report.local is None and recipe.memory.budget == "auto":
         yield Check("plan", "ok", f"needs {needed}; this machine has no GPU to compare with")
     elif report.plan.fits:
-        yield Check("plan", "ok", f"fits: needs {needed}, of {gib(report.plan.budget or 0)}")
+        yield Check("plan", "ok", f"fits: needs {needed} (limit: {gib(report.plan.budget or 0)})")
     else:
         error = does_not_fit(report.plan, report.changes)
         yield Check("plan", "fault", f"does not fit: {error.found}", error.fix, private)

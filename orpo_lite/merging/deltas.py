@@ -1,7 +1,7 @@
 """Compute the delta of a stored tensor: the numbers that an adapter adds to it.
 
-The factors of a delta are read when they are needed. The delta is computed for one block of rows at
-a time.
+The LoRA matrices A and B of a tensor are read when this tensor is merged. If the tensor is stored
+unchanged, its delta is computed for one block of rows at a time.
 """
 
 from __future__ import annotations
@@ -27,23 +27,27 @@ The result is float64 if the rows are float64, otherwise float32.
 
 
 class Delta(Protocol):
-    """The numbers that an adapter adds to one stored tensor."""
+    """The numbers that an adapter adds to one stored tensor of the base."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The adapted parameters that the delta comes from."""
+        """The names of the adapted parameters that change this stored tensor."""
         ...
 
     def load(self) -> AddDelta:
-        """Read the delta. Raises ModelError for an adapter with NaN or infinity."""
+        """Read the adapter's tensors. Return a function that adds the delta to a block of rows.
+
+        Raises:
+            ModelError: the adapter has NaN or infinity.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """The delta of a parameter that is stored unchanged: ``scale * B @ A``.
+    """The LoRA delta of one parameter: ``scale * B @ A``.
 
-    With DoRA, the rows of the sum are then rescaled. ``magnitude`` holds their new norms.
+    With DoRA, the rows of weight plus delta are rescaled. Their new norms are in ``magnitude``.
     """
 
     parameters: tuple[str, ...]
@@ -56,7 +60,10 @@ class LoraDelta:
     scale: float
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return two factors of the parameter's delta. For experts, axis 0 is the expert."""
+        """Return two tensors whose product is the delta before it is multiplied by ``scale``.
+
+        For the weights of experts, axis 0 is the expert.
+        """
         a, b = _read_finite(self.a), _read_finite(self.b)
         if self.layout == "matrix":
             return b, a
@@ -69,7 +76,7 @@ class LoraDelta:
         return a_ERI.transpose(1, 2), b_EOR.transpose(1, 2)
 
     def load(self) -> AddDelta:
-        """Read the factors. The returned function computes the same sum as peft's merge.
+        """Read the adapter's tensors. Return a function that adds the delta as peft's merge does.
 
         LoRA: ``W + s B A`` (arXiv 2106.09685, Eq. 3). DoRA: ``m (W + s B A) / ||W + s B A||``, with
         the norm of each row (arXiv 2402.09353, Eq. 5).
@@ -98,10 +105,11 @@ class LoraDelta:
 
 @dataclass(frozen=True)
 class ConvertedDelta:
-    """The delta of a stored tensor that transformers converts to parameters when it loads a model.
+    """The delta of a stored tensor that is split, joined or transposed during loading.
 
-    The deltas of the parameters are converted back to the form of the stored tensor. This is
-    possible, because the conversions only move numbers.
+    transformers converts such a tensor to parameters. The deltas of the parameters are converted
+    back to the form of the stored tensor. The result is exact, because a conversion only moves
+    numbers.
     """
 
     name: str
@@ -110,11 +118,15 @@ class ConvertedDelta:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The adapted parameters that the delta comes from."""
+        """The names of the adapted parameters that change this stored tensor."""
         return tuple(self.group.deltas)
 
     def load(self) -> AddDelta:
-        """Read the delta. Raises ModelError for an adapter with NaN or infinity."""
+        """Read the adapter's tensors. Return a function that adds the delta to a block of rows.
+
+        Raises:
+            ModelError: the adapter has NaN or infinity.
+        """
         delta = _stored_deltas(self.group)[self.name]
 
         def add(block: Tensor, start: int) -> Tensor:
@@ -125,7 +137,7 @@ class ConvertedDelta:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedGroup:
-    """The parameters that are stored together, and the deltas of the adapted ones."""
+    """Parameters that are stored together, with a LoRA delta for each adapted parameter."""
 
     origin: Origin
     deltas: Mapping[str, LoraDelta]
@@ -137,7 +149,7 @@ class ConvertedGroup:
 
 
 def clear_cache() -> None:
-    """Free the deltas in the cache of ``_stored_deltas``."""
+    """Free the cached deltas of converted tensors."""
     _stored_deltas.cache_clear()
 
 
@@ -145,7 +157,7 @@ def clear_cache() -> None:
 # projections of the experts, the other has the third.
 @lru_cache(2)
 def _stored_deltas(group: ConvertedGroup) -> dict[str, Tensor]:
-    """Return the deltas of all stored tensors of a group."""
+    """Return name of stored tensor -> delta, for all stored tensors of a group."""
     values = {name: torch.zeros(shape) for name, shape in group.shapes.items()}
     for name, delta in group.deltas.items():
         values[name] = delta.load()(values[name], 0)

@@ -45,12 +45,12 @@ MAX_SHARD_BYTES = 5 * 10**9  # bytes per file; a former default of max_shard_siz
 
 
 class UnchangedError(ModelError):
-    """The adapter changes nothing: the merged model would equal the base."""
+    """The adapter changes no weight: the merged model would be equal to the base."""
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A merged model on disk."""
+    """The folder of a merged model, and figures of the merge."""
 
     folder: Path
     base: Base
@@ -70,25 +70,28 @@ def merge(
     max_shard_size: int | str = MAX_SHARD_BYTES,
     base_path: str | Path | None = None,
 ) -> MergeResult:
-    """Merge the adapter of a run into its base, and write ``RUN/merged`` completely or not at all.
+    """Merge the adapter of a run into its base, and write the merged model to ``RUN/merged``.
 
-    Only a few blocks of a tensor are in memory at a time. The sum of weight and delta is computed
-    in float32 and rounded once, to the dtype of the base. The sum is never rounded to 4 bit,
-    because that would lose the adapter.
+    If the merge fails, ``RUN/merged`` stays as it was.
+
+    Most tensors are merged block by block, so that only a few blocks are in memory. The sum of
+    weight and delta is computed in float32 and rounded once, to the dtype of the base. The sum is
+    never rounded to 4 bit, because such a rounding would lose the adapter's small changes.
 
     Args:
         run_folder: the folder of a finished training.
-        weights: the weights to merge into: see :data:`orpo_lite.runs.commands.Weights`. With
-            ``dequantized``, the folder is ``RUN/merged-dequantized``.
+        weights: the weights that the adapter is added to: see
+            :data:`orpo_lite.runs.commands.Weights`. For ``dequantized``, the merged model is
+            written to ``RUN/merged-dequantized``.
         max_shard_size: the largest size of a weight file, in bytes or as a text such as 5GB. A
             file with only one tensor may be larger.
         base_path: the folder of the base, if the base was moved after the training.
 
     Raises:
         CheckpointError: there is no finished run in this folder.
-        ModelError: the base is not the one of the training, the adapter does not fit the base, or
-            the adapter changes nothing.
-        FitError: not enough disk space or memory.
+        ModelError: the base differs from the base of the training, the adapter does not fit the
+            base, or the adapter changes no weight.
+        FitError: there is not enough disk space or memory.
         HubError: the base cannot be downloaded.
     """
     updates = merge_events(
@@ -119,8 +122,8 @@ def merge_events(
     if weights == "dequantized" and not recipe.quantization.load_in_4bit:
         raise CheckpointError(
             where=f"run {path}",
-            found="this run was trained on 16-bit weights, not on dequantized 4-bit ones",
-            expected="a run with quantization.load_in_4bit",
+            found="the run was trained on 16-bit weights, so there is nothing to dequantize",
+            expected="a run with quantization.load_in_4bit=true",
             fix="merge onto the original weights (--base original)",
         )
     stored = stored_tensors(base.path)
@@ -139,9 +142,9 @@ def merge_events(
         if not changed:
             raise UnchangedError(
                 where=f"adapter {adapter}",
-                found=f"changes nothing: none of its {plan.targets} matrices differs "
-                "after rounding",
-                expected="an adapter that changes the weights, after more training steps",
+                found=f"changes nothing: after rounding, {plan.targets} of {plan.targets} adapted "
+                "matrices are equal to the base's",
+                expected="an adapter that changes the weights; it may need more training steps",
             )
         _copy_side_files(base.path, adapter, temporary)
         record = {
@@ -176,7 +179,7 @@ def _read_shard_size(given: int | str) -> int:
 
 @contextmanager
 def _enough_memory(path: Path) -> Iterator[None]:
-    """Raise FitError instead of an error of torch or Python if memory runs out."""
+    """Turn an error of torch or Python about missing memory into a FitError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -192,7 +195,7 @@ def _enough_memory(path: Path) -> Iterator[None]:
 def _write_merged(
     plan: Plan, folder: Path, max_bytes: int, trained_in: torch.dtype
 ) -> Generator[Update, None, int]:
-    """Write the merged tensors, yield updates; finally return how many parameters changed."""
+    """Write the merged tensors, yield updates; finally return the number of changed parameters."""
     files = split_into_files(plan.stored.values(), max_bytes)
     total = sum(stored.nbytes for stored in plan.stored.values())
     changed: set[str] = set()
@@ -207,7 +210,7 @@ def _write_merged(
 def _merged_blocks(
     plan: Plan, files: Iterable[Iterable[Stored]], changed: set[str], trained_in: torch.dtype
 ) -> Iterator[Tensor]:
-    """Yield the contents of all files, in order.
+    """Yield the blocks of all merged tensors, in the order of the files.
 
     The names of parameters that differ from the base after the merge are added to ``changed``.
     """
@@ -239,7 +242,7 @@ def _merged_blocks(
             if stored.dtype == torch.float16 and not out.isfinite().all():
                 raise ModelError(
                     where="merge",
-                    found=f"{stored.name} overflows float16 with the adapter",
+                    found=f"{stored.name} plus the adapter's delta overflows float16",
                     fix="use a base whose weights are bfloat16 or float32",
                 )
             yield out.t() if is_transposed else out
@@ -258,15 +261,15 @@ def _is_equal(merged: Tensor, block: Tensor, dtype: torch.dtype) -> bool:
 def round_to_4_bit(
     pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSection, trained_in: torch.dtype
 ) -> Iterator[tuple[Rows, Tensor]]:
-    """Quantise the blocks of rows of a matrix to 4 bit and back, and yield them in float32.
+    """Quantise a matrix to 4 bit, dequantise it, and yield its blocks of rows in float32.
 
-    The blocks are converted to ``trained_in``, the dtype of the training, before they are
-    quantised. This matters for a base that is stored in float16 and trained in bfloat16: quantised
-    from float16, it would get other scales and codes.
+    Before the quantisation, the blocks are converted to ``trained_in``, the dtype of the training.
+    Otherwise a base that is stored in float16 and was trained in bfloat16 would get other scales
+    and codes than in the training.
 
     Double quantisation rounds all scales of the matrix together
     (``bitsandbytes.functional.quantize_4bit``). Therefore the codes of all blocks are kept until
-    the last block is read. They have a quarter of the matrix's bytes.
+    the last block is read. The codes take a quarter of the bytes of the matrix in 16 bit.
     """
     from bitsandbytes import functional
 

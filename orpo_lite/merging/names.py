@@ -1,4 +1,4 @@
-"""Find the stored tensors of each parameter, as transformers does when it loads a model."""
+"""Find the stored tensors that transformers loads each parameter from."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,11 +30,11 @@ class Origin:
 
     @property
     def unchanged(self) -> str | None:
-        """The name of the stored tensor if transformers loads it unchanged, else None."""
+        """The name of the stored tensor if it is loaded unchanged; None if it is converted."""
         return None if self.converter else next(iter(self.stored))
 
     def to_stored(self, values: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """Convert values of the parameters back to stored tensors; return them by name."""
+        """Convert parameter values to the stored form. Return name of stored tensor -> tensor."""
         if self.converter is None:
             return {str(self.unchanged): values[self.parameters[0]]}
         back = self.converter.reverse_transform()
@@ -62,10 +62,11 @@ class Origin:
 
 
 def find_origins(model: Any, names: Iterable[str]) -> dict[str, Origin]:
-    """Return the origin of each parameter. ``names`` are the names of all stored tensors.
+    """Return parameter name -> origin. ``names`` are the names of all stored tensors.
 
-    The names are converted as transformers does when it loads the model. Some stored tensors have
-    no parameter, such as those of a vision tower or of multi-token prediction. They are left out.
+    The functions of transformers that load a model find the parameter of each stored tensor. Stored
+    tensors without a parameter are left out, such as those of a vision tower or of multi-token
+    prediction.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]

@@ -1,6 +1,7 @@
-"""Plan a merge: find the stored tensors that the adapter changes, or why it cannot be merged.
+"""Plan a merge: find the stored tensors that change, or the reason why a merge is not possible.
 
-Only the headers of the weight files and the configurations are read.
+Only configurations and the headers of weight files are read, with one exception. If the adapter
+contains a copy of the base's embedding, the copy and the base's own embedding are compared.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ class Plan:
     targets: int
     """Number of adapted layers."""
     quantised: frozenset[str]
-    """Stored tensors that are quantised to 4 bit and back before the merge."""
+    """Stored tensors that are quantised to 4 bit and dequantised again before the merge."""
     transposed: frozenset[str]
     """Matrices that are stored as (inputs, outputs), as in GPT-2."""
     bypassed: tuple[str, ...]
@@ -49,7 +50,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """An adapted layer of the base. Layer and adapter are on the meta device."""
+    """A layer of the base that has an adapter. Both are on the meta device."""
 
     name: str
     layer: Any
@@ -60,7 +61,7 @@ class AdaptedLayer:
 
 
 def check_mergeable(recipe: Recipe, base: Base) -> None:
-    """Raise ModelError before the training if its adapter could not be merged afterwards."""
+    """Check before a training that its adapter can be merged later. If not, raise ModelError."""
     name = recipe.model.adapter_name_or_path
     fix = Overrides({"lora.target_modules": "all-linear"})
     if name:
@@ -73,8 +74,8 @@ def check_mergeable(recipe: Recipe, base: Base) -> None:
             raise ModelError(
                 where=f"model {base.name}",
                 found=f"{plan.bypassed[0]} is adapted, but the model's code reads its matrix "
-                "directly, without the adapter",
-                expected="an adapter of layers that the model calls",
+                "directly, so the adapter has no effect",
+                expected="an adapter only on layers that the model's code calls",
             )
     except ModelError as error:
         error.fix = error.fix or fix
@@ -89,15 +90,16 @@ def make_plan(
     weights: Weights = "original",
     not_quantised: Sequence[str] = (),
 ) -> Plan:
-    """Plan which stored tensors of the base change, and how.
+    """Return which stored tensors of the base a merge changes, and the delta of each of them.
 
     Args:
         base: the base; only its configuration is used.
-        adapter: the adapter's folder; None for a new adapter, as the recipe describes it.
+        adapter: the adapter's folder; None if the adapter does not exist yet. Then the recipe tells
+            which layers it will have.
         stored: the stored tensors of the base, by name.
         recipe: the recipe of the training.
-        weights: the weights that the adapter is added to.
-        not_quantised: layers that the training did not quantise.
+        weights: the weights that the adapter is added to: see Weights in runs/commands.py.
+        not_quantised: names of linear layers that the training left unquantised.
 
     Raises:
         ModelError: the adapter does not fit the base, or cannot be merged into its files.
@@ -129,8 +131,8 @@ def make_plan(
         if unchanged.get(name) is None:
             raise ModelError(
                 where=f"model {base.name}",
-                found=f"{name} is stored with others in one tensor, but was quantised alone",
-                expected="a merge onto the original weights",
+                found=f"{name} was quantised alone, but shares a stored tensor with others",
+                expected="a merge onto the original weights (--base original)",
             )
     return Plan(
         stored=stored,
@@ -144,7 +146,7 @@ def make_plan(
 
 
 def _tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Return, for each parameter with several names, one of its other names."""
+    """Return name -> another name of the same parameter, for each parameter with several names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -181,10 +183,10 @@ def _adapter_tensors(
     origins: Mapping[str, Origin],
     stored: Mapping[str, Stored],
 ) -> dict[str, Stored]:
-    """Return the adapter's tensors by name. They must be exactly those that ``layers`` need.
+    """Return name -> tensor of the adapter. Exactly the tensors that ``layers`` need must exist.
 
     Raises:
-        ModelError: tensors are missing, unknown, of another shape or of another base.
+        ModelError: a tensor is missing, unknown, has a wrong shape, or comes from another base.
     """
     saved, wrong = {}, []
     wanted = {name for layer in layers for name, _ in layer.tensors.values()}
@@ -199,12 +201,12 @@ def _adapter_tensors(
             name_of_own = origins[parameter].unchanged if parameter in origins else None
             own = stored.get(name_of_own or "")
             if own and not _equal(tensor, own):
-                found = f"holds other weights in {parameter} than this base"
+                found = f"its copy of {parameter} differs from this base"
                 raise ModelError(found=found, expected="an adapter that was trained on this base")
     if wrong:
         raise ModelError(
             found=f"{len(wrong)} of its tensors match nothing in the base ({wrong[0]} ...)",
-            expected="LoRA's A and B for layers of this base",
+            expected="only LoRA matrices A and B of layers that this base has",
         )
     lacking = [
         layer.name
@@ -213,8 +215,9 @@ def _adapter_tensors(
     ]
     if lacking:
         raise ModelError(
-            found=f"lacks {len(lacking)} of the layers that it should have ({lacking[0]} ...)",
-            expected="LoRA's A and B of each layer",
+            found=f"lacks {len(lacking)} of the layers that its configuration selects "
+            f"({lacking[0]} ...)",
+            expected="LoRA matrices A and B for each selected layer",
         )
     for layer in layers:
         for part, (name, shape) in layer.tensors.items():
@@ -227,14 +230,14 @@ def _adapter_tensors(
                     found=found, expected="the configuration that the adapter was saved with"
                 )
             if found_shape != shape and part != "lora_magnitude_vector":
-                found = f"{layer.name}: {part} is {_by(found_shape)}, "
+                found = f"{part} of {layer.name} has the shape {_by(found_shape)}, "
                 found += f"but this base needs {_by(shape)}"
                 raise ModelError(found=found, expected="an adapter that was trained on this base")
     return saved
 
 
 def _equal(tensor: Stored, own: Stored) -> bool:
-    """Return whether ``own``, in the dtype of ``tensor``, holds the same numbers."""
+    """Return whether ``own`` has the same numbers once it has the dtype of ``tensor``."""
     if tensor.shape != own.shape:
         return False
     for rows in in_blocks(tensor):
@@ -252,7 +255,7 @@ def _by(shape: Sequence[int]) -> str:
 def _parameter_deltas(
     layers: Sequence[AdaptedLayer], saved: Mapping[str, Stored], tied: Mapping[str, str]
 ) -> dict[str, LoraDelta]:
-    """Return the delta of each adapted parameter, by the parameter's name.
+    """Return parameter name -> delta, for each adapted parameter.
 
     Raises:
         ModelError: a parameter cannot be merged, or it is tied to another parameter.
@@ -263,7 +266,7 @@ def _parameter_deltas(
             other = tied[adapted.parameter].removesuffix(".weight")
             found = f"{adapted.name} is adapted and tied to {other}: a merge would change both"
             raise ModelError(
-                found=found, expected="an adapter of layers whose weights are not tied"
+                found=found, expected="an adapter only on layers whose weights are not tied"
             )
         layer, base_layer = adapted.layer, adapted.layer.get_base_layer()
         shape = tuple(
@@ -283,7 +286,7 @@ def _parameter_deltas(
             type_name = f"{type(base_layer).__name__}{' with DoRA' if magnitude else ''}"
             found = f"{adapted.name} is adapted, but its type, {type_name}, cannot be merged"
             raise ModelError(
-                found=found, expected="an adapter of linear layers, embeddings or experts"
+                found=found, expected="an adapter only on linear layers, embeddings or experts"
             )
         # Before the training, a part of the adapter has only a name and a shape.
         parts = {
@@ -309,16 +312,16 @@ def _stored_deltas(
     shapes: Mapping[str, tuple[int, ...]],
     model: Any,
 ) -> dict[str, Delta]:
-    """Return the delta of each stored tensor that changes, by the tensor's name.
+    """Return name of stored tensor -> delta, for each stored tensor that changes.
 
     Raises:
-        ModelError: an adapted parameter is not in the base's files, or has another shape there.
+        ModelError: an adapted parameter is not in the base's files, or its shape in them is wrong.
     """
     if lost := [parameter for parameter in by_parameter if parameter not in origins]:
         raise ModelError(
-            found=f"{len(lost)} adapted parameters are not in the base's files "
+            found=f"the base's files lack {len(lost)} of the adapted parameters "
             f"({', '.join(lost[:3])} ...)",
-            expected=f"files with each of them; the first tensor in the files is {min(stored)}",
+            expected=f"all adapted parameters; the first tensor in the files is {min(stored)}",
             fix="correct config.json so that it describes these files, or download the base again",
         )
     deltas: dict[str, Delta] = {}
@@ -330,10 +333,10 @@ def _stored_deltas(
             expected_shapes[origin.unchanged] = shapes[parameter]
             continue
         if delta.magnitude:
-            found = f"{parameter} is adapted with DoRA, but stored with others in one tensor"
+            found = f"{parameter} has DoRA, but shares a stored tensor with other parameters"
             raise ModelError(
                 found=found,
-                expected="LoRA without DoRA for this parameter",
+                expected="LoRA without DoRA on this parameter",
                 fix=Overrides({"lora.use_dora": False}),
             )
         if any(name in deltas for names in origin.stored.values() for name in names):
@@ -351,9 +354,9 @@ def _stored_deltas(
     for name in deltas:
         if stored[name].shape != tuple(expected_shapes[name]):
             raise ModelError(
-                found=f"the base's {name} is {_by(stored[name].shape)}, "
-                f"but config.json says {_by(expected_shapes[name])}",
-                expected="the shapes that config.json says",
+                found=f"the base's {name} has the shape {_by(stored[name].shape)}, "
+                f"but config.json requires {_by(expected_shapes[name])}",
+                expected="weight files that match config.json",
                 fix="download the base again",
             )
     return deltas

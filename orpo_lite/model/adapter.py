@@ -23,7 +23,8 @@ BASE_LAYER = (".base_layer.weight", ".base_layer.bias")
 def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module:
     """Return the model with a new adapter.
 
-    Its configuration is that of the adapter in ``folder``, or the recipe's if ``folder`` is None.
+    The adapter's configuration is read from ``folder``. If ``folder`` is None, it is made from the
+    recipe's ``lora`` settings.
     """
     lora = recipe.lora
     if folder:
@@ -55,12 +56,13 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
             )
             raise ModelError(
                 where="adapter",
-                found="it is on experts, for which peft supports neither DoRA nor dropout",
-                expected="LoRA without DoRA and dropout for experts",
+                found="it adapts a model's experts, for which peft supports neither DoRA nor "
+                "dropout",
+                expected="no DoRA and no dropout in an adapter of experts",
                 fix=fix,
             ) from error
         raise ModelError(
-            where="adapter", found=first_line(error), expected="names of layers of this base"
+            where="adapter", found=first_line(error), expected="names of layers that the base has"
         ) from error
     if lora.init_lora_weights == "orthogonal" and not folder:
         _init_orthogonal(model, recipe)
@@ -68,7 +70,7 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
 
 
 def _excluded_layers(model: Any) -> list[str]:
-    """Return the names of layers that must have no adapter: it would have no effect or fail.
+    """Return the names of layers on which an adapter would have no effect or would fail.
 
     - Layers for images or sound, because pairs do not use them.
     - Routers that subclass a linear layer and return more than one tensor.
@@ -98,7 +100,7 @@ def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
         raise RecipeError(
             where=recipe.sources["lora.r"],
             found=f"lora.r={rank}",
-            expected="an even number for lora.init_lora_weights=orthogonal",
+            expected="an even number, because lora.init_lora_weights is orthogonal",
             fix=f"lora.r={rank + 1}",
         )
     for layer in model.modules():
@@ -110,19 +112,20 @@ def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
 
 
 def adapter_tensors(model: PairModel) -> dict[str, Tensor]:
-    """Return the adapter's tensors under peft's names, on the CPU."""
+    """Return the adapter's tensors on the CPU, by the names that peft gives them."""
     # By default peft would save an adapted embedding too, and would ask the hub about it.
     state: dict[str, Tensor] = get_peft_model_state_dict(model.model, save_embedding_layers=False)
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
 
 
 def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
-    """Set the adapter to tensors that :func:`adapter_tensors` returned or that peft saved.
+    """Copy ``tensors`` into the model's adapter. Tensors of the base are ignored.
 
-    peft may have saved tensors of the base too. They are ignored.
+    The tensors are a result of :func:`adapter_tensors`, or they come from a file that peft saved.
+    peft also saves tensors of the base, if the embedding is adapted.
 
     Raises:
-        ModelError: the tensors' names or shapes are not those of the model's adapter.
+        ModelError: the names or shapes differ from the model's adapter.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(BASE_LAYER)}
     own = {name: tensor.shape for name, tensor in adapter_tensors(model).items()}
@@ -131,8 +134,8 @@ def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
     if differing:
         raise ModelError(
             where="adapter",
-            found=f"{len(differing)} tensors differ in name or shape from the model's adapter "
-            f"({min(differing)} ...)",
+            found="number of tensors whose name or shape differs from the model's adapter: "
+            f"{len(differing)} ({min(differing)} ...)",
             expected="an adapter with the settings of this recipe",
         )
     set_peft_model_state_dict(model.model, tensors)

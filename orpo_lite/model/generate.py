@@ -22,21 +22,21 @@ from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel
 from orpo_lite.ops.devices import is_on_host, is_out_of_memory
 from orpo_lite.ops.layers import embed_on_device, embed_on_host
 
-CACHE_BYTES = 2 << 30  # most bytes for the keys and values of one batch
-ROWS = 64  # most prompts in one batch
-# Padding may change the logits by this much, in standard deviations of the logits. Another order of
+CACHE_BYTES = 2 << 30  # largest size of the keys and values of one batch
+ROWS = 64  # largest number of prompts in one batch
+# Padding may change the logits by this much, in standard deviations of the logits. The rounding of
 # sums changes them less. A wrong position, or attention to padding, changes them more.
 SAME = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are chosen."""
+    """Settings for how the tokens of an answer are chosen."""
 
     max_new_tokens: int
-    """Most tokens of an answer. An answer also ends at the model's last position."""
+    """Largest number of tokens in an answer. An answer also ends at the model's last position."""
     temperature: float = 0.0
-    """0: always choose the most likely token."""
+    """Temperature of the sampling. 0: always choose the most likely token."""
     seed: int = 42
     """The seed of sampled answers. A sampled answer depends on the seed and on its own prompt. The
     other prompts of a batch change it only through the rounding of sums."""
@@ -46,13 +46,13 @@ class Answerer:
     """Answers prompts with a model, greedily or by sampling, in batches or as a stream.
 
     Args:
-        model: the model, as loaded by a training or by :mod:`orpo_lite.evaluation.open_run`.
+        model: a model that a training or :mod:`orpo_lite.evaluation.open_run` has loaded.
             Answering does not change its weights, its mode or torch's random generators.
         generation: a generation config with the tokens that end an answer
             (:func:`orpo_lite.base.generation.with_ends`). Its settings for beams, stop strings and
             outputs are ignored.
-        tokens: most tokens of a batch, prompts and answers together. None: as many tokens as fit
-            :data:`CACHE_BYTES` with their keys and values.
+        tokens: largest number of tokens in a batch, prompts and answers together. None: the number
+            of tokens whose keys and values fit into :data:`CACHE_BYTES`.
     """
 
     def __init__(
@@ -70,22 +70,24 @@ class Answerer:
         self.tokens = tokens or CACHE_BYTES // _cache_bytes(text_config, model.causal.dtype)
 
     def room(self, prompt: Sequence[int]) -> int:
-        """Return how many tokens an answer can have before the model's positions end.
+        """Return the largest possible number of tokens in the answer to a prompt.
 
-        It is 0 for an empty prompt, and 0 or less for a prompt that is too long.
+        Prompt and answer together cannot have more tokens than the model has positions. The result
+        is 0 for an empty prompt, and 0 or less for a prompt that is too long.
         """
         return self.positions - len(prompt) if len(prompt) else 0
 
     def batches(self, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
-        """Return the indices of the prompts in batches, the longest prompts first.
+        """Divide the prompts into batches, the longest prompts first. Return lists of indices.
 
-        A prompt with room for fewer than ``limit`` tokens is in a batch of its own, so that it does
-        not shorten the answers to other prompts. A prompt with no room is left out. The same model,
-        prompts and limit always give the same batches, so a repeated command answers as before.
+        If the :meth:`room` of a prompt is less than ``limit``, the prompt is alone in its batch, so
+        that it does not shorten other answers. A prompt without room is left out. The same model,
+        prompts and limit always give the same batches, so a repeated command gives the same
+        answers.
 
         Args:
             prompts: the tokens of each prompt.
-            limit: most tokens of an answer.
+            limit: largest number of tokens in an answer.
         """
         found: list[list[int]] = []
         width = 0
@@ -110,16 +112,17 @@ class Answerer:
         adapter: bool = True,
         done: Collection[int] = (),
     ) -> Iterator[dict[int, list[int]]]:
-        """Yield for each batch {index of a prompt: tokens of its answer, without the end token}.
+        """Answer the prompts. Yield the answers of each batch as {index of a prompt: tokens}.
 
-        If the GPU is out of memory, a batch is split into halves, down to single prompts.
+        The tokens do not include the end token. If the GPU is out of memory, a batch is split into
+        halves, down to single prompts.
 
         Args:
             prompts: the tokens of each prompt.
             decoding: how the answers are chosen.
-            adapter: False: answer without the adapter, as the base.
-            done: indices of prompts that have an answer. If all prompts of a batch have one, the
-                batch is skipped.
+            adapter: if False, the base answers without the adapter.
+            done: indices of prompts that already have an answer. A batch is skipped if all its
+                prompts already have an answer.
         """
         for rows in self.batches(prompts, decoding.max_new_tokens):
             if all(index in done for index in rows):
@@ -162,7 +165,8 @@ class Answerer:
     ) -> Any:
         """Return the output of transformers for prompts of any lengths, with only the new tokens.
 
-        If ``stops`` is False, all ``limit`` tokens are made, and the output has their logits.
+        If ``stops`` is False, end tokens are ignored: each answer has ``limit`` tokens. The output
+        then has their logits.
         """
         width, device = max(map(len, prompts)), self.model.device
         # Pad on the left, so that the last column holds the last token of each prompt.
@@ -193,10 +197,10 @@ class Answerer:
 
     @cached_property
     def padding_fault(self) -> str:
-        """Why this model cannot answer prompts of several lengths in one batch; "" if it can.
+        """The reason why this model cannot answer prompts in a padded batch; "" if it can.
 
-        To find out, random prompts of several lengths are continued with given tokens, in one
-        padded batch and one at a time. The logits must be equal within :data:`SAME`.
+        As a test, the model continues random prompts of three lengths with given tokens, first in
+        one padded batch, then one prompt at a time. The logits must be equal within :data:`SAME`.
         """
         numbers = torch.Generator().manual_seed(0)
         vocabulary = min(256, self.model.config.get_text_config().vocab_size)
@@ -222,16 +226,19 @@ class Answerer:
         is_same = difference <= SAME.get(self.model.causal.dtype, SAME[torch.bfloat16])
         if is_same:
             return ""
-        return f"padding changes the model's logits by {float(difference):.2g} of their deviation"
+        return (
+            f"padding changes the model's logits by {float(difference):.2g} of their standard "
+            "deviation"
+        )
 
     @property
     def note(self) -> str:
-        """A sentence for people if the prompts are answered one at a time; else ""."""
+        """A note for people that prompts are answered one at a time, and why; "" in batches."""
         fault = self.padding_fault
         return f"the prompts are answered one at a time, because {fault}" if fault else ""
 
     def _forced(self, prompts: Sequence[Sequence[int]], given_RS: Tensor) -> Tensor:
-        """Return the logits at each of S steps, shape (S, R, V), if given tokens are generated."""
+        """Generate the given tokens of S steps. Return the logits of each step, shape (S, R, V)."""
         forced = [_Forced(given_RS)]
         output = self._generate(prompts, given_RS.shape[1], stops=False, logits_processor=forced)
         return torch.stack(output.logits).float()
@@ -246,8 +253,9 @@ class Answerer:
     ) -> Iterator[str]:
         """Yield the text of an answer piece by piece. Pieces end at spaces if the text has spaces.
 
-        ``generate`` of transformers runs in a thread. If this generator is closed, or an exception
-        such as KeyboardInterrupt is raised in it, the thread ends at its next token.
+        transformers' ``generate`` runs in a thread. The thread ends at its next token if this
+        generator is closed. It also ends if an exception is raised in this generator, such as
+        KeyboardInterrupt.
         """
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         stopped, errors = threading.Event(), list[BaseException]()
@@ -274,16 +282,16 @@ class Answerer:
 
 
 def prompt_seed(seed: int, prompt: Sequence[int]) -> int:
-    """Return the seed for sampling the answer to a prompt, below 2**32.
+    """Return the seed for sampling the answer to ``prompt``, a number below 2**32.
 
-    It depends on ``seed`` and on the tokens of ``prompt``.
+    The result depends only on ``seed`` and on the tokens of ``prompt``.
     """
     text = f"{seed} {[int(token) for token in prompt]}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
 
 
 class _Sampler:
-    """A logits processor that samples: the token with the largest score it returns is the sample.
+    """A logits processor that samples: the token with the largest returned score is the sample.
 
     It divides the probabilities by exponential noise, as ``torch.multinomial`` does. Each row has
     its own random generator, while the sampling of transformers has one for all rows.

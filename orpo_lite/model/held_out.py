@@ -25,17 +25,17 @@ def evaluate(
     pad_id: int,
     processes: Processes,
 ) -> Generator[tuple[int, int], None, tuple[dict[str, float], PairLogps]]:
-    """Yield progress as (done, total) batches; finally return the metrics and scores of P pairs.
+    """Yield progress as (done, total) batches; finally return metrics and scores of P pairs.
 
-    Evaluating does not change a single bit of the training that follows: there is no dropout, no
-    random generator is used, and the 4-bit weights do not change.
+    An evaluation does not change the training that follows, not even by rounding: there is no
+    dropout, no random generator is used, and the 4-bit weights do not change.
 
     Returns:
-        The objective's metrics, whose names have the prefix ``eval_``; {} if there are no pairs.
-        They do not depend on the micro-batches: the NLL is divided by the tokens of all pairs.
+        The objective's metrics, with names such as ``eval_loss``; {} if there are no pairs. They do
+        not depend on the micro-batches, because the NLL is divided by the tokens of all pairs.
 
-        The scores, each (P,) float64 on the CPU, in the order of the pairs. Every process gets the
-        scores of all pairs.
+        The scores: the log-probabilities of each pair, in the order of ``pairs``. Each tensor has
+        shape (P,), float64, and is on the CPU. Every process gets the scores of all pairs.
     """
     passes = yield from _forward(
         model, pairs, recipe, pad_id=pad_id, rank=processes.rank, world=processes.count
@@ -55,7 +55,7 @@ def evaluate(
 def score(
     model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, *, pad_id: int = 0
 ) -> Generator[tuple[int, int], None, PairLogps]:
-    """Yield progress and return the scores like :func:`evaluate`, for a single process."""
+    """Yield progress as :func:`evaluate` does, but return only the scores. Use one process."""
     passes = yield from _forward(model, pairs, recipe, pad_id=pad_id)
     return PairLogps(*_in_order(passes, len(pairs), model.device).cpu())
 
@@ -82,7 +82,7 @@ def _forward(
 
 
 def _in_order(passes: Passes, count: int, device: torch.device) -> torch.Tensor:
-    """Return the scores of P pairs, shape (4, P). They are 0 for the pairs of other processes."""
+    """Return the scores of P pairs, shape (4, P). The scores of other processes' pairs are 0."""
     scores_4P = torch.zeros(4, count, dtype=torch.float64, device=device)
     for chunk, logps in passes:
         scores_4P[:, chunk] = torch.stack([values_P.double() for values_P in logps])

@@ -1,4 +1,4 @@
-"""Load the base in 4 bit with LoRA as a PairModel, or build it without loading weights."""
+"""Load a base and add LoRA to it, or build the same model without loading weights."""
 
 import copy
 import logging
@@ -33,7 +33,7 @@ from orpo_lite.recipe.text import gib
 
 
 def choose_dtype(name: str, kind: str) -> torch.dtype:
-    """Return the torch dtype of a name: ``float16`` -> ``torch.float16``.
+    """Return the torch dtype that ``name`` means: ``float16`` -> ``torch.float16``.
 
     ``auto`` is bfloat16 on GPUs that support it, float16 on older GPUs (such as T4), and float32 on
     CPUs. ``kind`` is the result of :func:`orpo_lite.ops.devices.device_kind`.
@@ -44,8 +44,9 @@ def choose_dtype(name: str, kind: str) -> torch.dtype:
 
 
 def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairModel:
-    """Load the frozen base, quantised if the recipe sets it, and add a LoRA adapter in float32.
+    """Load the frozen base and add a LoRA adapter in float32.
 
+    The base is quantised if ``quantization.load_in_4bit`` is set.
     ``peft.prepare_model_for_kbit_training`` is not used, because it copies embeddings, head and
     norms to float32.
     """
@@ -57,15 +58,15 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     pair_model = _as_pair_model(model, recipe, folder)
     if unquantized:
         pair_model.notes.append(
-            f"quantization.load_in_4bit: {unquantized[0]} and similar layers are not quantised: "
-            "on this CPU bitsandbytes' kernel gives wrong numbers for rows of their width"
+            f"quantization.load_in_4bit: {unquantized[0]} and similar layers are not quantised, "
+            "because bitsandbytes' CPU kernel gives wrong numbers for rows of their width"
         )
     if folder:
         trained_on = base_of_adapter(folder)
         if trained_on and not same_base(trained_on, base.name):
             pair_model.notes.append(
-                f"model.adapter_name_or_path: the adapter was trained on {trained_on}, as its "
-                f"configuration says, but the base is {base.name}; an adapter is useless on "
+                "model.adapter_name_or_path: according to its configuration, the adapter was "
+                f"trained on {trained_on}, but the base is {base.name}; an adapter is useless on "
                 "another base"
             )
         file = folder / "adapter_model.safetensors"
@@ -88,8 +89,9 @@ def bare_pair_model(
 
     On the meta device, its tensors have no values. On other devices, its weights are random.
 
-    The configuration may have fewer layers than the base. An adapter to continue that is on single
-    layers or experts may not fit then, so the new adapter is on all linear layers instead.
+    ``config`` may have fewer layers than the base. If ``lora.target_modules`` names single layers
+    or experts for an adapter to continue, some of them may not exist. In this case the new adapter
+    is on all linear layers instead.
     """
     names = recipe.lora.target_modules
     if recipe.model.adapter_name_or_path and any("." in name for name in names):
@@ -98,7 +100,10 @@ def bare_pair_model(
 
 
 def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> Any:
-    """Return the base of :func:`bare_pair_model` alone, quantised if the recipe sets it."""
+    """Build the model of :func:`bare_pair_model` without an adapter.
+
+    It is quantised if ``quantization.load_in_4bit`` is set.
+    """
     with device:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     if device == META:
@@ -124,18 +129,18 @@ def _as_pair_model(model: nn.Module, recipe: Recipe, folder: Path | None) -> Pai
         )
     if bypassed:
         pair_model.notes.append(
-            "not in 4 bit and not adapted, because the model's own code reads their weights: "
-            + ", ".join(bypassed)
+            "layers that are not in 4 bit and not adapted, because the model's own code reads "
+            "their weights: " + ", ".join(bypassed)
         )
     apply_memory_settings(pair_model, recipe)
     return pair_model
 
 
 def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
-    """Load the base alone, with the recipe's dtype, attention and quantization.
+    """Load the base without an adapter, with the recipe's dtype, attention and quantization.
 
     Raises:
-        FitError: a package that 4 bit needs is missing.
+        FitError: a package that 4-bit quantization needs is missing.
         ModelError: weights are missing, unreadable or of a wrong shape.
         torch.OutOfMemoryError: the device is out of memory.
     """
@@ -193,8 +198,9 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
         names = ", ".join(sorted(missing)[:3])
         raise ModelError(
             where=f"model {base.name}",
-            found=f"{len(missing)} weights are missing or have a wrong shape ({names} ...)",
-            expected="all weights of the model",
+            found="number of weights that are missing or have a wrong shape: "
+            f"{len(missing)} ({names} ...)",
+            expected="all weights that the model needs",
         )
     loaded: nn.Module = model
     return loaded
@@ -215,7 +221,7 @@ class _LoadingLog(logging.Handler):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record inside the ``with`` block."""
+        """Record log messages inside the ``with`` block."""
         logger = logging.getLogger("transformers.modeling_utils")
         level, is_disabled = logger.level, logger.disabled
         logger.addHandler(self)

@@ -1,4 +1,4 @@
-"""Apply the settings of ``memory`` to a model. None of them changes loss or gradient."""
+"""Apply the recipe's ``memory`` settings to a model. They do not change loss or gradient."""
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -11,14 +11,14 @@ from orpo_lite.recipe.schema import Recipe
 
 
 def apply_memory_settings(model: PairModel, recipe: Recipe) -> None:
-    """Apply the recipe's memory settings to the loaded model."""
+    """Apply the recipe's ``memory`` settings to a model that is just loaded."""
     memory = recipe.memory.unplanned()
     if memory.fused_lora:
         unfused = fuse_lora(model.model)
         if unfused:
             model.notes.append(
-                f"memory.fused_lora: {len(unfused)} adapted layers use peft's own operation "
-                f"({unfused[0]} ...)"
+                "memory.fused_lora: number of adapted layers that still use peft's own operation: "
+                f"{len(unfused)} ({unfused[0]} ...)"
             )
     _apply_layer_settings(model, recipe)
 
@@ -32,7 +32,7 @@ def _apply_layer_settings(model: PairModel, recipe: Recipe) -> None:
             which = f"{count - tiled} of {count} layers" if tiled else "this model"
             model.notes.append(
                 f"memory.mlp_tile has no effect on {which}: "
-                "there is no MLP that can process its tokens in parts"
+                "it needs an MLP that can process its tokens in parts"
             )
     if not model.layers and memory.checkpointed(1):
         model.notes.append(
@@ -73,9 +73,9 @@ def with_memory_settings(model: PairModel, recipe: Recipe) -> PairModel:
 
 
 def checkpoint_first_layers(model: PairModel, recipe: Recipe) -> None:
-    """Make the first layers keep only their input. The recipe sets their number.
+    """Checkpoint the first layers, so that they keep only their input for the backward pass.
 
-    A later call can add layers.
+    ``memory.activation_checkpointing`` sets their number. A later call can add more layers.
     """
     memory = recipe.memory.unplanned()
     model.checkpointed = memory.checkpointed(len(model.layers))
@@ -85,9 +85,10 @@ def checkpoint_first_layers(model: PairModel, recipe: Recipe) -> None:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Return whether the adapter has dropout. The base, in evaluation mode, never has dropout.
+    """Return whether the adapter has dropout.
 
-    With dropout, the second run of a layer needs the random state of the first run.
+    With dropout, the second run of a checkpointed layer needs the random state of the first run.
+    The base is always in evaluation mode, so it never has dropout.
     """
     adapters = (module for module in model.modules() if isinstance(module, LoraLayer))
     return any(

@@ -10,12 +10,12 @@ from transformers import get_scheduler
 from orpo_lite.recipe.schema import Recipe
 
 PAGED_FROM = 100_000
-"""Number of elements from which bitsandbytes keeps a state in paged memory (optimizer.py,
-get_state_buffer)."""
+"""bitsandbytes keeps a state in paged memory if it has at least this number of elements
+(optimizer.py, get_state_buffer)."""
 
 
 def whole_steps(value: float, steps: int) -> int:
-    """Return ``value`` as a number of steps. If it is below 1, it is a share of ``steps``.
+    """Convert a setting to a number of steps. A ``value`` below 1 is a share of ``steps``.
 
     A share is rounded up, as in TrainingArguments: 0.1 of 25 steps -> 3.
     """
@@ -23,7 +23,7 @@ def whole_steps(value: float, steps: int) -> int:
 
 
 def lr_factor(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """Return transformers' schedule as a function: step -> factor of the learning rate."""
+    """Return the learning-rate schedule of transformers as a function: step -> factor."""
     settings = recipe.training
     warmup = whole_steps(settings.warmup_steps, steps)
     name: str = settings.lr_scheduler_type
@@ -53,9 +53,9 @@ def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torc
 
 
 def state_bytes(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> tuple[int, int]:
-    """Return the bytes of the optimizer's states in ordinary memory, and those in paged memory.
+    """Return the bytes of the optimizer's states: (in ordinary memory, in paged memory).
 
-    ``parameters`` must be on the meta device. For an optimizer of bitsandbytes, its own code
+    ``parameters`` must be on the meta device. For an optimizer of bitsandbytes, bitsandbytes
     allocates the states on meta, and their bytes are counted. torch's AdamW has two float32 moments
     for each parameter. During a step it also has a third tensor of the same size
     (torch.optim.adamw, foreach).

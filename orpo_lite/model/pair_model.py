@@ -65,7 +65,7 @@ class PairModel(nn.Module):
         self.backend = "auto"
         """The attention back-end of packed rows: see :class:`orpo_lite.ops.segments.Layout`."""
         self.target_kind: str | None = None
-        """On meta: the device kind for which a plan is made."""
+        """The device kind for which a plan is made, if the model is on meta; else None."""
         self.notes: list[str] = []
         """Notes for the user on how this model is loaded and trained, one line each."""
         # Without the layers of an image encoder: no pair goes through them.
@@ -73,7 +73,7 @@ class PairModel(nn.Module):
         self.layers = [
             module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)
         ]
-        """The decoder layers."""
+        """The decoder layers that can be checkpointed."""
         self.checkpointed = 0
         """Number of decoder layers, counted from the first one, that keep only their input."""
         if getattr(self.config.get_text_config(), "output_router_logits", False):
@@ -85,7 +85,7 @@ class PairModel(nn.Module):
 
     @property
     def causal(self) -> Any:
-        """The model without peft's wrapper."""
+        """The causal language model of transformers, without peft's wrapper."""
         wrapped: Any = self.model
         return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
 
@@ -107,7 +107,7 @@ class PairModel(nn.Module):
         return padded_logps(output.logits, batch.input_ids_RT, batch.response_RT, batch.counted_RT)
 
     def score(self, batch: PackedPairs, route: Route) -> Tensor:
-        """Return the log-probabilities of the batch's scored rows, shape (N,)."""
+        """Return the log-probability of each target of the batch (``targets_N``), shape (N,)."""
         if route == "logits" or self.chunk is None:
             return pick(at_least_float32(self.row_logits(batch, route)), batch.targets_N)
         return row_logps(
@@ -115,7 +115,7 @@ class PairModel(nn.Module):
         )
 
     def row_logits(self, batch: PackedPairs, route: Route) -> Tensor:
-        """Return the logits of the batch's scored rows, shape (N, V). All are in memory at once."""
+        """Return the logits that predict the batch's targets, shape (N, V), all in memory."""
         if route == "logits":
             outputs = self._each_row(self.model, batch)
             return torch.cat([output.logits[0] for output in outputs])[batch.rows_N]
@@ -152,7 +152,7 @@ class PairModel(nn.Module):
     def use_layout(self, layout: Layout | None) -> Iterator[None]:
         """Use this package's attention for ``layout`` inside the ``with`` block.
 
-        For None the model's own attention is used.
+        If ``layout`` is None, use the model's own attention.
         """
         before = self.config._attn_implementation
         self.config._attn_implementation = NAME if layout else self.own_attention
@@ -163,12 +163,12 @@ class PairModel(nn.Module):
             self.config._attn_implementation = before
 
     def fall_back(self, route: Route, reason: str) -> None:
-        """Use a simpler route for packed pairs from now on, and add the reason to ``notes``."""
+        """Use the simpler ``route`` for packed pairs from now on. Add the reason to ``notes``."""
         self.notes.append(f"{ROUTE_NOTES[route]}, because {reason}")
         self.route = route
 
     def batching(self, recipe: Recipe, pad_id: int) -> Batching:
-        """Return how pairs are divided into batches for this model, by the recipe and the route."""
+        """Return the rules for dividing pairs into batches, from the recipe and the route."""
         return Batching(
             packed=recipe.memory.packing,
             share=recipe.memory.packing and self.route == "shared",
@@ -184,7 +184,7 @@ class PairModel(nn.Module):
         return self.head.module.weight.device  # type: ignore[return-value]
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the name and parameter of each trained parameter; all are in the adapter."""
+        """Return (name, parameter) of each trained parameter. All belong to the adapter."""
         return [
             (name, parameter)
             for name, parameter in self.model.named_parameters()
@@ -192,14 +192,14 @@ class PairModel(nn.Module):
         ]
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the adapter to training or evaluation. The frozen base is always in evaluation.
+        """Switch the adapter to training or evaluation mode. The base stays in evaluation mode.
 
-        In training mode a base may have dropout, skipped layers, router jitter or random experts.
-        For this training they would only be noise.
+        In training mode, a base may use dropout, skipped layers, router jitter or random experts.
+        Because the base is frozen, these would only add noise.
 
-        A Linear4bit is the exception: it stays in training mode. In evaluation mode, on CPUs with
-        AVX512-BF16, its first forward pass without gradients repacks the weights. After that, its
-        input gets no gradient any more (bitsandbytes 0.50).
+        There is one exception: Linear4bit layers stay in training mode. In evaluation mode, on CPUs
+        with AVX512-BF16, the first forward pass without gradients repacks their weights. After
+        that, no gradient passes through the layer to its input (bitsandbytes 0.50).
         """
         super().train(False)
         self.training = mode
@@ -242,7 +242,7 @@ class PairModel(nn.Module):
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
-        """Switch off only the adapter's dropout inside the ``with`` block, but not gradients."""
+        """Switch off the adapter's dropout inside the ``with`` block. Gradients stay on."""
         noisy = [
             module
             for module in self.modules()
@@ -258,9 +258,9 @@ class PairModel(nn.Module):
 
 
 def find_head(causal: Any) -> Head:
-    """Return the output embedding, with the scale and the softcap of logits in the configuration.
+    """Return the model's head, with the scale and the softcap of logits from its configuration.
 
-    A model may change its logits in another way. ``model.probe`` detects this.
+    If a model changes its logits in another way, ``model.probe`` detects this.
     """
     config = causal.config.get_text_config()
     scale = getattr(config, "logit_scale", None)

@@ -16,7 +16,7 @@ from orpo_lite.errors import Command, RecipeError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 LAUNCH = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Environment variables. A launch of several processes sets all of them."""
+"""Environment variables that a launch of several processes sets."""
 DEVICE = "ACCELERATE_TORCH_DEVICE"  # accelerate uses its value without a check
 SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 
@@ -25,8 +25,8 @@ class Processes:
     """This process, and the other processes that `accelerate launch` started, if any.
 
     Raises:
-        RecipeError: accelerate is configured for something other than plain data parallel, or only
-            some variables of LAUNCH are set, or the device does not exist.
+        RecipeError: accelerate is configured for more than plain data parallelism, or only some
+            environment variables of LAUNCH are set, or the device does not exist.
     """
 
     def __init__(self, *, cpu: bool = False) -> None:
@@ -43,14 +43,14 @@ class Processes:
             raise RecipeError(
                 where="environment",
                 found=f"{DEVICE}={self.device}, but the number of CUDA devices is {count}",
-                expected="a device of this machine",
+                expected="a CUDA device of this machine",
                 fix=Command(f"unset {DEVICE}"),
             )
         if self._state.distributed_type not in SUPPORTED:
             raise RecipeError(
                 where="accelerate's configuration",
                 found=f"it uses {self._state.distributed_type.value}",
-                expected="one process, or plain data parallel",
+                expected="one process, or plain data parallelism",
                 fix=Command("accelerate config"),
             )
         self.rank: int = self._state.process_index
@@ -62,7 +62,7 @@ class Processes:
         self._state.wait_for_everyone()
 
     def on_main(self, function: Callable[..., Any], *args: Any) -> None:
-        """Call ``function`` in the main process only. The others do not wait."""
+        """Call ``function`` in the main process only. The other processes do not wait for it."""
         if self.is_main:
             function(*args)
 
@@ -76,7 +76,7 @@ class Processes:
         return total
 
     def smallest(self, number: int) -> int:
-        """Return, in every process, the smallest ``number`` of all processes."""
+        """Return, in every process, the smallest value of ``number`` in all processes."""
         return int(gather(torch.tensor([number], device=self.device)).min())
 
     def any(self, flag: bool) -> bool:
@@ -122,7 +122,7 @@ def _check_environment() -> None:
         raise RecipeError(
             where="environment",
             found=", ".join(f"{name}={value}" for name, value in found.items()) + problem,
-            expected="all environment variables of a launch, or none",
+            expected="all environment variables that a launch sets, or none of them",
             fix=Command(
                 f"unset {' '.join(found)}", "; or start with `accelerate launch -m orpo_lite`"
             ),
@@ -132,7 +132,7 @@ def _check_environment() -> None:
         raise RecipeError(
             where="environment",
             found=f"{sharded[0]}={os.environ[sharded[0]]}",
-            expected="one process, or plain data parallel",
+            expected="one process, or plain data parallelism",
             fix=Command(
                 f"unset {' '.join(sharded)}",
                 "; if `accelerate config` has set it, run `accelerate config` again and choose "

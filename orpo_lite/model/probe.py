@@ -1,4 +1,4 @@
-"""The probe: compare this package's step with the model's own code before the training."""
+"""Compare this package's training step with the model's own code before the training (probe)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,23 +28,25 @@ from orpo_lite.ops.devices import dtype_name
 
 
 def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
-    """Compare our forward passes with the model's own on random pairs. Use the fastest correct one.
+    """Find the fastest route that gives the same results as the model's own code, and use it.
 
-    A route is one way to send pairs through the model, such as packed into one row. If a simpler
-    route is used, ``model.notes`` gives the reason. A route can give wrong results for
-    a model with position biases (ALiBi), linear or sparse attention, attention sinks, positions
-    that are counted along the row, or changes of the logits that ``pair_model.find_head`` does not
-    know.
+    A route is one way to send pairs through the model, such as packed into one row. On random
+    pairs, the log-probabilities and the gradient of each route are compared with the model's own.
+    If the model must use a simpler route, ``model.notes`` gives the reason.
+
+    A route can give wrong results if the model has position biases (ALiBi), linear or sparse
+    attention, attention sinks or positions that are counted along the row. It can also be wrong if
+    the model changes its logits in a way that ``pair_model.find_head`` does not know.
 
     Args:
         model: the model with the settings of the training. If it has no trained parameters, only
             log-probabilities are compared and not gradients.
         max_length: number of tokens of the longest sequence.
-        tokens: number of tokens of the longest packed row. If it is 0, a row has one pair.
+        tokens: number of tokens of the longest packed row; 0 if a row has only one pair.
 
     Raises:
-        ModelError: the model's own forward pass fails, is not finite, changes weights or lets
-            tokens see later tokens; or checkpointed layers give another gradient.
+        ModelError: the model's own forward pass fails, gives numbers that are not finite, changes
+            weights or lets tokens see later tokens. Or checkpointing changes the gradient.
     """
     reasons: dict[Route, str] = {}
     with _random_adapter(model):
@@ -75,13 +77,16 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
 
 
 def probe_operations(model: PairModel) -> None:
-    """Compare only layers, not routes, with the model's own code: for recipes without packing."""
+    """Compare this package's layers with the model's own layers, but compare no routes.
+
+    This is for recipes without packing, which use no routes.
+    """
     with _random_adapter(model):
         _compare_operations(model)
 
 
 def _compare_operations(model: PairModel) -> Gradient | None:
-    """Compare this package's layers with the model's own layers, and return the own gradient.
+    """Compare this package's layers with the model's own. Return the model's own gradient.
 
     If this package's layers give another gradient, the model's own layers are used from now on.
     Without trained parameters there is nothing to compare, and the result is None.
@@ -100,9 +105,10 @@ def _compare_operations(model: PairModel) -> Gradient | None:
 
 @contextmanager
 def _random_adapter(model: PairModel) -> Iterator[None]:
-    """Give the matrices B of a new adapter random numbers inside the ``with`` block.
+    """Fill the matrices B of a new adapter with random numbers inside the ``with`` block.
 
-    They are zero in a new adapter. The adapter's outputs and the gradient of A would be zero too.
+    In a new adapter these matrices are zero. The adapter's outputs and the gradient of A would then
+    be zero too, and nothing could be compared.
     """
     zeros = [
         parameter for name, parameter in model.trained() if "lora_B" in name and not parameter.any()
@@ -133,7 +139,7 @@ def _check_own_forward(model: PairModel) -> None:
         raise ModelError(
             where=where,
             found=f"its logits are not finite in {dtype}",
-            expected="finite numbers",
+            expected="finite logits",
             fix=Overrides(
                 {"model.dtype": "float32"},
                 " if the logits overflow; otherwise the model's weights are damaged",
@@ -150,20 +156,26 @@ def _check_own_forward(model: PairModel) -> None:
             where=where,
             found=f"its forward pass changes its weights ({changed_weights[0]} ...), "
             "so the adapter no longer fits them",
-            fix="set rescale_every to 0 in its config.json" if has_rescaling else "another base",
+            fix="set rescale_every to 0 in the model's config.json"
+            if has_rescaling
+            else "use another base",
         )
     norm = logits.double().norm().clamp_min(1e-300)
     difference = float((logits.double() - changed_logits.double()).norm() / norm)
     if not difference <= logit_rounding(model):
         raise ModelError(
             where=where,
-            found="its tokens see later tokens: it was trained to fill in text, not to continue it",
+            found="its tokens see later tokens, so the model fills in text and does not continue "
+            "it",
             expected="a causal language model",
         )
 
 
 def _logits_before_last_token(model: PairModel, where: str) -> tuple[Tensor, Tensor]:
-    """Return logits of a sequence, and its logits with another last token; without the last row."""
+    """Return the logits of a sequence, and of the same sequence with another last token.
+
+    Both results leave out the logits at the last token.
+    """
     (pair,) = random_pairs(model.config.get_text_config(), [(24, 9, 13)])
     batch = pack_pairs([pair], completion_only_loss=False, share=False).to(model.device)
     ids = batch.input_ids_T[: batch.segments[0][1]]
@@ -178,7 +190,7 @@ def _logits_before_last_token(model: PairModel, where: str) -> tuple[Tensor, Ten
         raise ModelError(
             where=where,
             found=f"its own forward pass fails with this adapter ({describe_error(error)})",
-            fix="other lora.target_modules, another model.adapter_name_or_path, "
+            fix="set other lora.target_modules, another model.adapter_name_or_path, "
             "or quantization.load_in_4bit=false",
         ) from error
     return logits, changed_logits

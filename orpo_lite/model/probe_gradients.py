@@ -36,11 +36,12 @@ class Gradient(NamedTuple):
 
 
 def own_gradient(model: PairModel) -> Gradient:
-    """Return the gradient of the model's and peft's own layers, computed with all logits.
+    """Return the gradient of the model's and peft's own layers, and a bound for rounding errors.
 
-    In half precision the bound is three times the effect of rounding the first layer's input once
-    more, but at least 0.01 and at most 0.3. The same operations in another order have an effect of
-    this size: from 1% of the gradient (Llama) to 10% (Gemma).
+    The gradient is computed with all logits in memory. In half precision, the bound is measured:
+    the first layer's input is rounded once more, and the bound is three times the effect on the
+    gradient, but at least 0.01 and at most 0.3. The same operations in another order have an effect
+    of the same size: from 1% of the gradient (Llama) to 10% (Gemma).
     """
     with own_layers(model):
         parts = _gradient(model, "logits")
@@ -54,7 +55,7 @@ def own_gradient(model: PairModel) -> Gradient:
 
 
 def gradient_difference(model: PairModel, route: Route, own: Gradient) -> str:
-    """Return how the gradient of a route differs from the model's own; "" if only by rounding."""
+    """Describe how a route's gradient differs from the model's own; "" if only by rounding."""
     try:
         difference = _distance(_gradient(model, route), own.parts)
     except MODEL_CODE_ERRORS as error:
@@ -65,7 +66,7 @@ def gradient_difference(model: PairModel, route: Route, own: Gradient) -> str:
 
 
 def check_reruns(model: PairModel) -> None:
-    """Check that checkpointing and its offload do not change the gradient.
+    """Check that checkpointing does not change the gradient, also if layer inputs are offloaded.
 
     Raises:
         ModelError: the gradient with checkpointing differs, or the gradient is not finite.
@@ -85,7 +86,7 @@ def check_reruns(model: PairModel) -> None:
         raise ModelError(
             where=where,
             found=f"its gradient is not finite in {dtype}",
-            expected="finite numbers",
+            expected="a finite gradient",
             fix=Overrides({"model.dtype": "float32"}),
         )
     bound = {torch.float64: 1e-8, torch.float32: 1e-3}.get(coarsest_dtype(model), 0.01)
@@ -134,7 +135,7 @@ def replaced_modules(model: PairModel) -> list[nn.Module]:
 def own_layers(model: PairModel) -> Iterator[None]:
     """Use the model's and peft's own layers inside the ``with`` block.
 
-    An embedding or layer inputs in host memory stay there.
+    Settings that keep the embedding or the layers' inputs in host memory still have an effect.
     """
     modules = replaced_modules(model)
     forwards = [module.__dict__.pop("forward") for module in modules]

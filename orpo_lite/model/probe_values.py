@@ -31,10 +31,10 @@ SHORT_PAIRS: list[PairLengths] = [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1),
 
 
 class ValueComparison:
-    """Compares the log-probabilities of routes with those of the route ``logits``.
+    """Compares the log-probabilities of routes with those of the model's own forward pass.
 
-    That route is the model's own forward pass. Results that several comparisons need are computed
-    once, when they are first needed.
+    The model's own forward pass is the route ``logits``. A result that several comparisons need is
+    computed once, when it is first needed.
     """
 
     def __init__(self, model: PairModel, max_length: int, tokens: int) -> None:
@@ -43,7 +43,7 @@ class ValueComparison:
         self.short = random_pairs(self.config, SHORT_PAIRS)
 
     def difference(self, route: Route) -> str:
-        """Return how a route differs from ``logits``, or "" if only by rounding."""
+        """Describe how a route differs from the route ``logits``; "" if only by rounding."""
         if self._head_difference:
             return self._head_difference
         if route == "rows":
@@ -52,7 +52,8 @@ class ValueComparison:
             # The position embedding depends on the longest sequence in a forward pass, so each
             # sequence needs a forward pass of its own.
             return (
-                f"its rotary embedding changes with the length, within {self.max_length:,} tokens"
+                "its rotary embedding is not the same for all lengths up to "
+                f"{self.max_length:,} tokens"
             )
         return (
             self._short_difference(route) or self._rows_difference or self._long_difference(route)
@@ -64,7 +65,7 @@ class ValueComparison:
 
     @cached_property
     def _expected(self) -> tuple[Tensor, float]:
-        """The short pairs' log-probabilities by ``logits``, and the largest rounding error."""
+        """The short pairs' log-probabilities on the route ``logits``, and the rounding bound."""
         logps = mean_logps(self.model, self.short, "logits")
         return logps, _value_bound(self.model, self.short, logps)
 
@@ -119,7 +120,7 @@ def _long_pairs(
 
 @torch.no_grad()
 def _head_difference(model: PairModel, pair: TokenizedPair) -> str:
-    """Return how the logits of ``model.head`` differ from the model's own logits, or "".
+    """Describe how the logits of ``model.head`` differ from the model's own logits; "" if equal.
 
     Both are computed from the same hidden states, so only the logits' rounding may differ.
     """
@@ -137,7 +138,7 @@ def _head_difference(model: PairModel, pair: TokenizedPair) -> str:
 def _value_difference(
     model: PairModel, pairs: list[TokenizedPair], route: Route, expected: Tensor, bound: float
 ) -> str:
-    """Return how a route's log-probabilities differ from ``expected``; "" if within ``bound``."""
+    """Describe how a route's log-probabilities differ from ``expected``; "" within ``bound``."""
     try:
         difference = float((mean_logps(model, pairs, route) - expected).abs().max())
     except MODEL_CODE_ERRORS as error:
@@ -216,7 +217,7 @@ def rounded_input(model: PairModel) -> Iterator[None]:
 
 
 def error_reason(error: Exception, route: Route) -> str:
-    """Return the reason, for a note, not to use ``route``: the model's code failed on it."""
+    """Return a reason for a note: the model's code raised ``error`` on the route ``route``."""
     if isinstance(error, UnsupportedError):
         return str(error)
     what = "does not take packed rows" if route in ("shared", "packed") else "fails"
@@ -238,7 +239,7 @@ def describe_error(error: Exception) -> str:
 
 
 def random_pairs(config: Any, lengths: list[PairLengths]) -> list[TokenizedPair]:
-    """Return pairs of random tokens with these lengths. Every process gets the same pairs."""
+    """Return pairs of random tokens with the given lengths, the same pairs in every process."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.arange(config.vocab_size)
     pad_id = getattr(config, "pad_token_id", None)

@@ -24,8 +24,8 @@ def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[s
 
     - The layers of :func:`bypassed_layers`.
     - On a CPU: the layers whose width is in :func:`wrong_widths`.
-    - The output head. transformers skips it by default, so a list of the head alone is not needed
-      and [] is returned instead.
+    - The output head, if there are other names. If there are none, the result is [], because
+      transformers then skips the head by default.
     """
     if not recipe.quantization.load_in_4bit:
         return []
@@ -58,8 +58,8 @@ def quantizable(model: Any) -> dict[str, Any]:
 def bypassed_layers(model: nn.Module) -> list[str]:
     """Return the names of linear layers whose weight the model's own code reads directly.
 
-    For instance, Gemma 3n clamps such a weight in place, and Mamba's kernels multiply by it. The
-    code would read wrong numbers from a 4-bit weight. An adapter on such a layer has no effect.
+    For instance, Gemma 3n clamps such a weight in place, and Mamba's kernels multiply by it. From a
+    4-bit weight this code would read wrong numbers. An adapter on such a layer has no effect.
     """
     return [
         f"{name}.{child}"
@@ -91,12 +91,12 @@ def _source(kind: type) -> str:
 
 
 def is_transposed(layer: Any) -> bool:
-    """Return whether a layer's matrix is (inputs, outputs), as in GPT-2."""
+    """Return whether the shape of a layer's matrix is (inputs, outputs), as in GPT-2."""
     return type(layer).__name__ == "Conv1D"
 
 
 def layer_shape(layer: Any) -> tuple[int, int]:
-    """Return a layer's number of inputs and number of outputs."""
+    """Return (number of inputs, number of outputs) of a linear or Conv1D layer."""
     rows, columns = layer.weight.shape
     return (rows, columns) if is_transposed(layer) else (columns, rows)
 
@@ -121,7 +121,10 @@ def _is_wrong(width: int) -> bool:
 
 
 def compute_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which 4-bit layers compute: the recipe's, or ``dtype`` for ``auto``."""
+    """Return the dtype in which 4-bit layers compute.
+
+    This is ``quantization.bnb_4bit_compute_dtype``, or ``dtype`` if the setting is ``auto``.
+    """
     name = recipe.quantization.bnb_4bit_compute_dtype
     compute: torch.dtype = dtype if name == "auto" else getattr(torch, name)
     return compute
@@ -159,9 +162,9 @@ def quantize(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
 
 
 def misshapen(model: nn.Module) -> list[str]:
-    """Return the names of 4-bit weights whose shape is not the shape of their layer.
+    """Return the names of 4-bit weights whose shape does not fit their layer.
 
-    transformers checks only the shapes of weights that are not in 4 bit.
+    transformers checks only the shapes of other weights.
     """
     names = []
     for name, layer in model.named_modules():

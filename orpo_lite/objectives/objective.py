@@ -1,6 +1,7 @@
 """Define the interface of an objective for training, planning, evaluation and reports.
 
-To add an objective, add a file to this package. Its name is a value of ``LossSection.type``.
+To add an objective, add a file to this package, and add the file's name to the values of
+``LossSection.type``.
 """
 
 from abc import ABC, abstractmethod
@@ -21,10 +22,10 @@ Need = Literal["policy_logps"]
 
 
 class Divisors(NamedTuple):
-    """The numbers by which the sums over an optimizer step are divided.
+    """The numbers by which a loss divides its sums over an optimizer step.
 
-    They are known before the first forward pass, so the gradient does not depend on how the pairs
-    are split into micro-batches.
+    They are known before the first forward pass. Therefore the gradient does not depend on how the
+    pairs are split into micro-batches.
     """
 
     pairs: int
@@ -49,7 +50,7 @@ class Metric(NamedTuple):
     digits: int = 4
     """Digits after the decimal point in the progress lines."""
     is_share: bool = False
-    """Whether the metric is a share of the pairs, which is printed in percent."""
+    """True if the metric is a share of the pairs. A share is printed in percent."""
 
 
 class Objective(ABC):
@@ -83,37 +84,37 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, logps: PairLogps, divisors: Divisors) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch's share of the step's loss, and its detached ``parts``.
+        """Return a micro-batch's share of the step's loss, and its share of each of ``parts``.
 
         The shares of all micro-batches and processes add up to the step's loss. The planner calls
-        this method on the meta device, where tensors have no values. So do not branch on a value,
-        and do not use a boolean mask or ``.item()``.
+        this method on the meta device, where tensors have no values. So an objective must not
+        branch on a value, and must not use a boolean mask or ``.item()``.
 
         Args:
             logps: log-probabilities of the P pairs of this micro-batch.
             divisors: divisors of the whole optimizer step.
 
         Returns:
-            A scalar for the backward pass, and the values of ``parts`` as a tensor of shape
-            (len(parts),).
+            A scalar for the backward pass, and the values named in ``parts`` as a detached tensor
+            of shape (len(parts),).
         """
 
     @abstractmethod
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
-        """Return the metrics of a step, ``loss`` included, from the step's sums of ``parts``."""
+        """Return the metrics of a step, with ``loss``. ``parts`` are sums over the whole step."""
 
     def described(self) -> list[tuple[str, str]]:
         """Return a (name, value) pair for each setting of the loss, for the model card."""
         return []
 
     def to_json(self) -> dict[str, Any]:
-        """Return the description of the objective, which lock.json stores for the model card."""
+        """Return a description of the objective. lock.json stores it for the model card."""
         metrics = {f"eval_{metric.name}": metric.meaning for metric in self.shown}
         named = {"title": self.title, "paper": self.paper, "formula": self.formula}
         return {**named, "settings": dict(self.described()), "metrics": metrics}
 
     def line(self, metrics: Mapping[str, float], prefix: str = "") -> str:
-        """Return metrics as one line of text. ``prefix`` is ``eval_`` for held-out metrics."""
+        """Return the metrics as one line of text. ``prefix`` is ``eval_`` for held-out pairs."""
         texts = []
         for metric in self.shown:
             if metric.short:
@@ -125,10 +126,10 @@ class Objective(ABC):
 def find_objective(settings: LossSection) -> Objective:
     """Return the objective that ``loss.type`` names, with the recipe's settings.
 
-    The class of the objective ``orpo``, for instance, is ``OBJECTIVE`` in ``orpo.py``.
+    For ``orpo``, the objective's class is ``OBJECTIVE`` in ``orpo.py``.
 
     Raises:
-        RecipeError: the objective needs an output that no model has.
+        RecipeError: the objective needs an output that no model returns.
     """
     module = import_module(f"orpo_lite.objectives.{settings.type}")
     objective: Objective = module.OBJECTIVE(settings)

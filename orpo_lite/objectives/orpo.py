@@ -12,7 +12,7 @@ from orpo_lite.ops.outputs import PairLogps, at_least_float32
 
 
 class Orpo(Objective):
-    """The ORPO objective, ``L = NLL + beta * L_OR`` (Eq. 6).
+    """The ORPO objective, ``L = NLL + beta * L_OR`` (Eq. 6 of the paper).
 
     It raises the probability of the chosen responses. It also raises their odds relative to the
     odds of the rejected responses.
@@ -52,7 +52,7 @@ class Orpo(Objective):
         )
 
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
-        """Return the parts, the loss and the rewards under the names of TRL's ORPOTrainer.
+        """Return the parts, the loss and the rewards, with the names of TRL's ORPOTrainer.
 
         A reward is beta times the mean log-probability of a response.
         """
@@ -68,7 +68,7 @@ class Orpo(Objective):
         return {"loss": loss, **named, **rewards}
 
     def described(self) -> list[tuple[str, str]]:
-        """Return λ, and a description of the tokens that the NLL counts."""
+        """Return two settings for the model card: λ, and which tokens the NLL counts."""
         only_response = self.settings.completion_only_loss
         scope = "the chosen response" if only_response else "prompt and chosen response"
         is_by_token = self.settings.nll_reduction == "token"
@@ -86,19 +86,20 @@ def orpo_loss(
     beta: float,
     nll_reduction: Literal["token", "pair"] = "token",
 ) -> tuple[Tensor, Tensor]:
-    """Return this micro-batch's share of ``L = NLL + beta * L_OR``, Eq. 6 and 7.
+    """Return this micro-batch's share of ``L = NLL + beta * L_OR`` (Eq. 6 and 7 of the paper).
 
     Args:
         logps: log-probabilities of the P pairs of this micro-batch.
         divisors: divisors of the whole optimizer step. The shares of all micro-batches and
             processes add up to the step's loss.
         beta: λ in the paper.
-        nll_reduction: ``token``: mean over all counted tokens of the step, as in the authors' code;
-            ``pair``: mean per chosen sequence, then over pairs, as in the paper's text.
+        nll_reduction: ``token``: mean over all counted tokens of the step, as in the authors' code.
+            ``pair``: first the mean of each chosen sequence, then the mean over pairs, as in the
+            paper's text.
 
     Returns:
-        A scalar for the backward pass, and the detached :attr:`Orpo.parts` as a tensor of shape
-        (6,).
+        A scalar for the backward pass, and the values named in :attr:`Orpo.parts` as a detached
+        tensor of shape (6,).
     """
     log_odds_P = log_odds(logps.chosen_P, logps.rejected_P)
     log_sigmoid_P = F.logsigmoid(log_odds_P)  # -L_OR, Eq. 7
@@ -117,10 +118,10 @@ def orpo_loss(
 def log1mexp(logp: Tensor) -> Tensor:
     """Return ``log(1 - exp(logp))`` for logp <= 0 of any shape, in at least float32.
 
-    The gradient is finite even at logp = 0, because logp is clamped below zero before both
-    branches. Without the clamp it could be NaN: ``torch.where`` multiplies the gradient of the
-    unused branch by zero, and zero times infinity is NaN. The branches follow Mächler, "Accurately
-    computing log(1 - exp(-|a|))".
+    Values close to zero and other values use different formulas (Mächler, "Accurately computing
+    log(1 - exp(-|a|))"). The gradient is finite even at logp = 0, because logp is first clamped
+    below zero. Without the clamp, the gradient could be NaN: ``torch.where`` multiplies the
+    gradient of the unused formula by zero, and zero times infinity is NaN.
     """
     logp = at_least_float32(logp)
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
@@ -129,9 +130,9 @@ def log1mexp(logp: Tensor) -> Tensor:
 
 
 def log_odds(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """Return ``log(odds(chosen) / odds(rejected))``, Eq. 4 and 5, of mean log-probabilities.
+    """Return ``log(odds(chosen) / odds(rejected))`` from mean log-probabilities.
 
-    All tensors have shape (P,).
+    This is Eq. 4 and 5 of the paper. All tensors have shape (P,).
     """
     chosen_P, rejected_P = at_least_float32(chosen_P), at_least_float32(rejected_P)
     return (chosen_P - rejected_P) - (log1mexp(chosen_P) - log1mexp(rejected_P))

@@ -1,9 +1,9 @@
 """Compute the attention of packed pairs, and choose the back-end that computes it.
 
-transformers calls :func:`pair_attention`, which has the signature of ``AttentionInterface``. The
-tokens of a segment see only the segment's prefix and, causally, the segment itself.
-:func:`orpo_lite.ops.segments.use_layout` sets the segments of a row. They are not passed through
-the model, because not every model passes keyword arguments to its attention.
+transformers calls :func:`pair_attention` as a function of its ``AttentionInterface``. A token sees
+only the prefix of its segment, the earlier tokens of its segment, and itself.
+:func:`orpo_lite.ops.segments.use_layout` sets the segments of a row. The segments are not passed
+through the model, because not every model passes keyword arguments to its attention.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NAME = "orpo_lite_pairs"  # the key of pair_attention in transformers' Attention
 class UnsupportedError(Exception):
     """A model calls :func:`pair_attention` with an option that this function does not support.
 
-    The model cannot process packed rows, so each sequence must go through the model alone.
+    Such a model cannot process packed rows, so each sequence must go through the model alone.
     """
 
 
@@ -63,21 +63,22 @@ def pair_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Compute the attention of one packed row, called as transformers' models call it.
+    """Compute the attention of one packed row. The models of transformers call this function.
 
     Args:
         query: shape (1, H, T, E).
         key: shape (1, K, T, E). H is a multiple of K (grouped queries).
         value: shape (1, K, T, E'). For most models E' is E.
-        attention_mask: must be None. A model that passes a mask needs more than segments.
+        attention_mask: must be None, because segments cannot describe every mask.
         scaling: factor of the scores; default ``E ** -0.5``.
-        dropout: must be 0. A shared prompt would have the same dropout for both replies.
+        dropout: must be 0, because both replies would get the same dropout in a shared prompt.
         sliding_window: number of tokens that a query sees, including itself.
         softcap: Gemma 2's ``cap * tanh(scores / cap)``.
-        others: the model's other arguments. They must be None or named in IGNORED_ARGUMENTS.
+        others: the model's other arguments. Each must be None or have a name in
+            IGNORED_ARGUMENTS.
 
     Returns:
-        The output, shape (1, T, H, E'), and None in place of the attention weights.
+        The output, shape (1, T, H, E'), and None instead of the attention weights.
 
     Raises:
         UnsupportedError: the model passes a mask, dropout, sinks, a position bias, the indices of
@@ -109,7 +110,8 @@ def choose_backend(
 ) -> str:
     """Return the name of the fastest back-end for this device, dtype, softcap and head size.
 
-    ``target_kind``, if given, replaces the :func:`device_kind` of the tensors.
+    ``target_kind`` is the :func:`device_kind` of the device for which a plan is made. If it is
+    None, the device of ``query`` decides.
     """
     kind = target_kind or device_kind(query.device)
     width = query.shape[-1]
@@ -135,9 +137,9 @@ def _varlen(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend with torch's FlashAttention (``torch.nn.attention.varlen``).
+    """Compute attention with torch's FlashAttention (``torch.nn.attention.varlen``).
 
-    It needs 16-bit tensors and an Ampere GPU or a later one.
+    FlashAttention needs 16-bit tensors and an Ampere GPU or a later one.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -168,7 +170,7 @@ def _flash_attn_varlen(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend with the flash-attn package, which has the only fast kernel with a softcap."""
+    """Compute attention with the flash-attn package. No other fast kernel supports a softcap."""
     q, k, v, lengths = as_sequences(query, key, value, segments)
     if q.is_meta:
         out = meta_flash_attention(q, k, v, len(segments))
@@ -189,7 +191,7 @@ def _flash_attn_varlen(
 
 @lru_cache(maxsize=1)
 def flash_attn() -> Any:
-    """Return the flash-attn package, which is optional, or None if it is not installed."""
+    """Return the optional package flash-attn, or None if it is not installed."""
     try:
         import flash_attn
     except ImportError:
@@ -208,10 +210,11 @@ def _efficient(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend with torch's memory-efficient attention, one call per run of :func:`similar_runs`.
+    """Compute attention with torch's memory-efficient kernel, one call per run of segments.
 
-    This is for GPUs before Ampere and for float32. Segments are divided into runs because the
-    kernel pads its log-sum-exp and its backward workspace to the longest sequence of a call.
+    This is for GPUs before Ampere and for float32. :func:`similar_runs` divides the segments into
+    runs, because the kernel pads its log-sum-exp and its backward workspace to the longest sequence
+    of a call.
     """
     q, k, v, (*_, longest_k) = as_sequences(query, key, value, segments)
     # The operator has a window argument, but it is not documented.
@@ -250,7 +253,7 @@ def _sdpa(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend with torch's scaled_dot_product_attention, one segment at a time.
+    """Compute attention with torch's scaled_dot_product_attention, one segment at a time.
 
     This is for head sizes that no other kernel supports, and for windows on GPUs before Ampere.
     """

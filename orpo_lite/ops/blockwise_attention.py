@@ -1,4 +1,4 @@
-"""Compute attention block by block: on CPUs, and as the reference on any device."""
+"""Compute attention block by block: with a kernel for CPUs, or with a formula for any device."""
 
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ def _block_mask(
 ) -> Tensor | None:
     """Return the mask of a block, or None if the kernel applies the causal mask.
 
-    A kernel that can do so does it if queries and keys are the same tokens and fit into the window.
+    A kernel with ``masks_causally`` applies the causal mask if the queries and keys of the block
+    are the same tokens and fit into the window.
     """
     queries_are_keys = block.offset == 0 and q.shape[2] == k.shape[2]
     fits_window = options.window is None or q.shape[2] <= options.window
@@ -204,9 +205,9 @@ class _Maths:
 def _scores(
     q: Tensor, k: Tensor, mask: Tensor | None, options: AttentionOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """Return scores, shape (1, K, H / K, queries, keys), and the softcap's derivative at each.
+    """Return the scores, shape (1, K, H / K, queries, keys), and the softcap's derivatives.
 
-    The derivative is None without a softcap.
+    There is one derivative per score. Without a softcap, the second result is None.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = (_grouped(q, k).to(dtype) @ _grouped(k, k).to(dtype).transpose(-1, -2)).mul_(
@@ -239,7 +240,7 @@ def flash_cpu_attention(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend with torch's FlashAttention for CPUs, block by block."""
+    """Compute attention with torch's FlashAttention for CPUs, block by block."""
     out: Tensor = _Blockwise.apply(query, key, value, segments, options, _FlashCPU)
     return out
 
@@ -251,6 +252,6 @@ def maths_attention(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend with the formula in at least float32, block by block."""
+    """Compute attention from its formula, in at least float32, block by block."""
     out: Tensor = _Blockwise.apply(query, key, value, segments, options, _Maths)
     return out

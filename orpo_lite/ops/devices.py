@@ -1,4 +1,7 @@
-"""Distinguish devices, and move tensors between a device, host memory and meta."""
+"""Classify devices, and move tensors between a device and host memory.
+
+On the meta device, these moves are simulated.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +57,11 @@ _making_host_memory = False
 
 
 def transfer(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on ``device``.
+    """Return the tensor on ``device``. The copy is asynchronous.
 
-    All transfers between a step's device and host memory use this function. A copy from a GPU goes
-    to pinned memory. Copies in both directions are asynchronous. Code on another stream must
-    therefore wait for the stream on which the copy was started. On meta, nothing is copied.
-    :func:`is_on_host` tells which meta tensors represent host memory.
+    A copy from a GPU goes to pinned memory. Code on another stream must wait for the stream on
+    which the copy was started. On meta, nothing is copied. :func:`is_on_host` tells which meta
+    tensors represent host memory.
     """
     if tensor.is_meta:
         to_host = device == HOST
@@ -79,10 +81,9 @@ def transfer(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def host_memory(size: int, device: torch.device) -> Tensor:
-    """Return ``size`` bytes of host memory for copies to and from ``device``.
+    """Allocate ``size`` bytes of pinned host memory for copies to and from ``device``.
 
-    The memory is pinned. If ``device`` is meta, the result is a meta tensor that represents host
-    memory.
+    If ``device`` is meta, return a meta tensor that represents host memory.
     """
     if device.type == "meta":
         with _host_memory(True):
@@ -93,7 +94,7 @@ def host_memory(size: int, device: torch.device) -> Tensor:
 
 
 def is_on_host(tensor: Tensor) -> bool:
-    """Return whether a tensor is in host memory or is a meta tensor that represents it."""
+    """Return True if a tensor is in host memory, or if it is a meta tensor that represents it."""
     return tensor.untyped_storage() in _host_storages if tensor.is_meta else tensor.device == HOST
 
 
@@ -103,7 +104,7 @@ def mark_as_host(storage: torch.UntypedStorage) -> None:
 
 
 def making_host_memory() -> bool:
-    """Return True while a meta tensor is allocated that represents host memory.
+    """Return True during the allocation of a meta tensor that represents host memory.
 
     The code that counts the bytes of meta tensors calls this.
     """

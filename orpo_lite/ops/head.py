@@ -1,11 +1,11 @@
-"""Compute log-probabilities of tokens, with all logits in memory or with a chunk at a time.
+"""Compute log-probabilities of tokens, from all logits at once or from one chunk after another.
 
 :func:`padded_logps` takes all logits and is the reference. :func:`row_logps` computes the logits
-of a chunk of rows at a time.
+of one chunk of rows after another.
 
 Each log-probability depends on a single hidden state, so its gradient is one vector. If the head is
 frozen, the forward pass of :func:`row_logps` stores these vectors. The backward pass multiplies
-them by the incoming gradient, so logits are neither kept nor computed again.
+them by the incoming gradient. Therefore logits are neither kept nor computed again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from orpo_lite.ops.outputs import PairLogps, at_least_float32
 
 CHUNK_BYTES = 96 << 20
-"""Bytes of a chunk's float32 logits. The chunk's matrix product is large enough for any device."""
+"""Size of a chunk's float32 logits in bytes. It is large enough to use any device well."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Head:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the module is a frozen linear layer.
+        """True if the module is a frozen linear layer.
 
         A frozen matrix does not change between the forward and the backward pass. A Jacobian that
         the forward pass stores is therefore correct in the backward pass.
@@ -56,11 +56,11 @@ class Head:
 
 
 def chunk_rows(vocab_size: int, rows: int | None = None) -> int:
-    """Return the number of rows whose logits are computed at once.
+    """Return how many rows of logits are computed at once.
 
-    The number is ``rows`` if given. Otherwise it is the number of float32 rows that fit into
-    :data:`CHUNK_BYTES`, but at least 16 and at most 1024. It is rounded down to a multiple of 128,
-    the tile size of GPU kernels, if at least 128 rows fit.
+    If ``rows`` is given, return it. Otherwise return the number of float32 rows that fit into
+    :data:`CHUNK_BYTES`, but at least 16 and at most 1024. If at least 128 rows fit, the number is
+    rounded down to a multiple of 128, the tile size of GPU kernels.
     """
     if rows:
         return rows
@@ -78,8 +78,8 @@ def row_logps(
         hidden_TD: hidden states after the model's last norm.
         rows_N: for each target, the row of ``hidden_TD`` that predicts it. A row may appear twice.
         targets_N: token ids.
-        head: if it is frozen, the Jacobian is stored; otherwise the logits are recomputed in the
-            backward pass.
+        head: the output layer. If it is frozen, the Jacobian is stored; otherwise the logits are
+            computed again in the backward pass.
         chunk: number of rows whose logits are computed at once.
 
     Returns:
@@ -105,7 +105,7 @@ def row_logps(
 
 
 def pick(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """Return ``log softmax(logits)`` at the targets, shape (C,)."""
+    """Return the log-probability of each target, ``log softmax(logits)[target]``, shape (C,)."""
     return logits_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1) - logits_CV.logsumexp(-1)
 
 
@@ -177,13 +177,15 @@ class _RowJacobian(torch.autograd.Function):
 
 
 class Spans(NamedTuple):
-    """The layout of one pair's scored rows, and the rows that each of its sums includes.
+    """The parts of one pair's scored rows, and the rows that are added up for each result.
 
     The scored rows have three parts: the common prefix, the rest of the chosen sequence and the
     rest of the rejected sequence. ``prefix``, ``chosen`` and ``rejected`` are the numbers of rows
-    in these parts. The other fields say at which row of a part a sum starts. For example, the
-    chosen response's sum includes the prefix from row ``chosen_in_prefix`` on, and the chosen rest
-    from row ``chosen_in_rest`` on. The NLL's rest is the chosen rest.
+    in these parts.
+
+    There are three sums: for the chosen response, the rejected response and the NLL. Each sum
+    includes the rows of the prefix from ``*_in_prefix`` on, and the rows of a rest from
+    ``*_in_rest`` on. The NLL's sum uses the rest of the chosen sequence.
     """
 
     prefix: int
@@ -201,7 +203,7 @@ def packed_logps(logps_N: Tensor, spans: Sequence[Sequence[int]]) -> PairLogps:
     """Return the :class:`PairLogps` of P packed pairs.
 
     Args:
-        logps_N: log-probabilities of the scored rows of all pairs, a result of :func:`row_logps`.
+        logps_N: the result of :func:`row_logps` for the scored rows of all pairs.
         spans: for each pair, the values of a :class:`Spans`.
     """
     chosen, rejected, nll, counted = [], [], [], []
@@ -230,17 +232,17 @@ def padded_logps(
 ) -> PairLogps:
     """Return the log-probabilities of P pairs from the logits of their 2P padded rows.
 
-    All logits are in memory at once. The other functions are compared with this reference.
+    All logits are in memory at once. This function is the reference for the other functions.
+
+    Each response must have at least one token, because the mean of no tokens is 0/0. The data
+    loading drops pairs with an empty response.
 
     Args:
-        logits_RTV: position t predicts token t + 1.
+        logits_RTV: the logits at position t predict token t + 1.
         input_ids_RT: chosen rows first, then rejected rows in the same order.
         response_RT: True at the tokens of the response. The first token of a row is ignored,
             because no position predicts it.
-        counted_RT: True at the tokens that the NLL counts; only the chosen rows are read.
-
-    Each response must have a token; its mean would be 0/0 otherwise. The data loading drops pairs
-    with an empty response.
+        counted_RT: True at the tokens that the NLL counts. Only the chosen rows are read.
     """
     targets_RT = input_ids_RT[:, 1:]
     logps_RT = pick(at_least_float32(logits_RTV[:, :-1]), targets_RT)

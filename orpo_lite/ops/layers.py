@@ -1,8 +1,9 @@
 """Reduce the memory that decoder layers keep for the backward pass.
 
-A checkpointed layer keeps only its input, on the device or in host memory, and runs again in the
-backward pass. A tiled MLP runs on a part of its tokens at a time. The input embedding can be in
-host memory. Loss and gradient do not change, because the second run of a layer equals the first.
+A checkpointed layer keeps only its input and runs again in the backward pass. The input is kept on
+the device or in host memory. A tiled MLP runs on a part of its tokens at a time. The input
+embedding can be in host memory. Loss and gradient do not change, because the second run of a layer
+computes the same numbers as the first run.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ def checkpoint_layers(
     """Make transformers' decoder layers keep only their input and run again in the backward pass.
 
     Args:
-        layers: of type ``GradientCheckpointingLayer``.
-        use_layout: sets the first run's layout for the second run, which may be on another thread.
-        offload: keep the layers' inputs in host memory.
-        has_dropout: the layers have dropout, so the second run needs the first run's random state.
+        layers: decoder layers of type ``GradientCheckpointingLayer``.
+        use_layout: a context manager. It sets the layout of a layer's first run again for its
+            second run, which may be on another thread.
+        offload: if True, the layers' inputs are kept in host memory.
+        has_dropout: whether the layers have dropout. If so, the second run uses the random state
+            of the first run.
     """
     store = HostStore(len(layers)) if offload else None
 
@@ -62,7 +65,7 @@ def checkpoint_layers(
 def _evaluation_mode(layer: nn.Module) -> Iterator[None]:
     """Put the layer into evaluation mode inside the ``with`` block.
 
-    It is in training mode only because transformers does not checkpoint a layer otherwise.
+    The layer is in training mode because transformers checkpoints only layers in this mode.
     """
     was_training, layer.training = layer.training, False
     try:
@@ -72,19 +75,20 @@ def _evaluation_mode(layer: nn.Module) -> Iterator[None]:
 
 
 class HostStore:
-    """Keeps the tensors that are saved for the backward pass in host memory.
+    """Keeps tensors that autograd saves for the backward pass in host memory.
 
-    On a GPU the copies run while the device computes.
+    On a GPU, copies and computation run at the same time.
 
-    Device memory is released without ``record_stream``. With ``record_stream``, the allocator would
-    decide when memory is free. The host runs ahead of the device, so the memory of several tensors
-    would not be free in time. Instead, a tensor stays on the device until two more tensors have
-    been saved. Then the device's computation waits for the end of its copy, and later tensors may
-    use its device memory. A tensor that is copied back gets memory that belongs to the stream of
-    the computation. torch's and TRL's activation offloading do the same.
+    Forward pass: a tensor stays on the device until two more tensors have been saved. Then the
+    device's computation waits until the tensor has been copied, and later tensors may use its
+    device memory. ``record_stream`` is not used. With ``record_stream``, the allocator would decide
+    when memory is free. Because the host runs ahead of the device, the memory of several tensors
+    would be free too late.
 
-    While a layer runs in the backward pass, the tensor that the backward pass needs next is copied
-    to the device. So two tensors are on the device.
+    Backward pass: while a layer runs, the tensor for the next layer is copied to the device. So two
+    tensors are on the device. Their memory belongs to the stream of the computation.
+
+    torch's and TRL's activation offloading do the same.
     """
 
     def __init__(self, count: int = 1) -> None:
@@ -95,7 +99,7 @@ class HostStore:
         self._leaving: deque[weakref.ref[_Stored]] = deque()
 
     def saving(self) -> AbstractContextManager[Any]:
-        """Return a context manager. Tensors saved inside its block are kept in host memory."""
+        """Return a context manager that keeps the tensors saved inside it in host memory."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
@@ -125,17 +129,17 @@ class HostStore:
 LEAVING = 2
 """Number of tensors that may be on the device while they are copied to the host.
 
-A copy may thus take as long as two layers compute.
+So a copy may take as long as the computation of two layers.
 """
 
 
 class _Copies:
-    """Runs copies on a stream of their own. On meta there is no stream and nothing to wait for."""
+    """Runs copies on a separate stream. On meta there is no stream, and no code has to wait."""
 
     _stream: torch.cuda.Stream | None = None
 
     def start(self, to: Tensor, source: Tensor) -> torch.cuda.Event | None:
-        """Start a copy that runs after all work queued so far. Return an event for its end."""
+        """Start a copy that runs after all work queued so far. Return an event at its end."""
         if to.is_meta:
             to.copy_(source)
             return None
@@ -209,15 +213,15 @@ class HostPool:
 
     @property
     def used(self) -> int:
-        """Number of tensors in the pool."""
+        """Number of tensors that are in the pool now."""
         return sum(slab.count for slab in self._slabs)
 
     def place_for(self, tensor: Tensor, expected: int) -> _Place:
         """Return a place for a tensor. If no slab has enough free bytes, allocate a new slab.
 
-        ``expected`` is the number of tensors of this size still to place, with this one. The size
-        of the new slab is the largest power of two that is not larger than these tensors, so little
-        memory is unused. A slab is always large enough for this tensor.
+        ``expected`` is the number of tensors of this size that are still to come, this one
+        included. The new slab's size is the largest power of two that these tensors fill, so that
+        little memory is unused. But a slab is always large enough for this tensor.
         """
         size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         fitting = [slab for slab in self._slabs if slab.free_bytes >= size]
@@ -276,10 +280,11 @@ class _Place(NamedTuple):
 
 
 def tile_mlps(layers: Sequence[nn.Module], tokens: int, *, has_dropout: bool) -> int:
-    """Make the MLP of each layer run on ``tokens`` tokens at a time. Return the number of MLPs.
+    """Make each layer's MLP process its tokens in tiles. Return the number of MLPs changed.
 
-    Such a part of the tokens is a tile. The backward pass computes each tile again, including its
-    last matrix product, whose result is not used. This costs about 9% more FLOPs.
+    A tile has ``tokens`` tokens. The backward pass computes each tile again. This includes the
+    MLP's last matrix product, although the backward pass does not need the product's result. Tiling
+    costs about 9% more FLOPs.
     """
     found = 0
     for layer in layers:
@@ -302,8 +307,8 @@ def untile_mlps(layers: Sequence[nn.Module]) -> None:
 def _takes_tokens(mlp: nn.Module) -> bool:
     """Return whether an MLP takes one tensor and can be run on a part of its tokens.
 
-    Two examples that cannot: a mixture of experts also returns its router's logits, and Bloom's MLP
-    also takes the residual.
+    Two MLPs that cannot: a mixture of experts, which also returns its router's logits, and Bloom's
+    MLP, which also takes the residual.
     """
     parameters = signature(mlp.forward).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
@@ -409,7 +414,7 @@ def _random_state_set(
 def embed_on_host(embedding: nn.Embedding) -> None:
     """Move the input embedding to host memory.
 
-    The host looks up the rows of a batch and sends them to the device.
+    The host looks up the embeddings of a batch's tokens and sends them to the device.
     """
     device, plain = embedding.weight.device, embedding.forward
     if device.type == "meta":
@@ -429,6 +434,6 @@ def embed_on_host(embedding: nn.Embedding) -> None:
 
 
 def embed_on_device(embedding: nn.Module, device: torch.device) -> None:
-    """Undo :func:`embed_on_host`: move the embedding to ``device``, restore its forward pass."""
+    """Undo :func:`embed_on_host`: move the embedding to ``device`` and restore its forward pass."""
     vars(embedding).pop("forward", None)
     embedding.to(device)

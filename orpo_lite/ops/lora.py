@@ -1,9 +1,9 @@
 """Compute a linear layer with LoRA as one operation (arXiv 2106.09685, Eq. 3).
 
 ``y = x W.T + b + s (x A.T) B.T``. The only activation kept for the backward pass is the adapter's
-input, which is ``x`` after dropout. It keeps the dtype of the hidden states: the float32 parameters
-A and B are cast inside the operation, so no float32 copy of ``x`` is made. The frozen W may be in 4
-bit; it is dequantised at each use.
+input, which is ``x`` after dropout. No float32 copy of ``x`` is made, because the float32
+parameters A and B are cast to the dtype of ``x`` inside the operation. If the frozen W is in 4 bit,
+it is dequantised at each use.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def lora_linear(
 
     Args:
         x: shape (..., I).
-        dropped: x after the adapter's dropout; the same tensor if there is no dropout.
+        dropped: ``x`` after the adapter's dropout. Without dropout, ``x`` itself.
         a_RI: LoRA's A, in float32 or the dtype of the hidden states.
         b_OR: LoRA's B, in the dtype of ``a_RI``.
         scale: ``lora_alpha / r``, or rsLoRA's ``lora_alpha / sqrt(r)``.
@@ -99,12 +99,12 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def fuse_lora(model: nn.Module) -> list[str]:
-    """Make the LoRA layers of ``model`` use :func:`lora_linear` if it supports them.
+    """Make each LoRA layer of ``model`` use :func:`lora_linear` if the layer is supported.
 
     Returns:
-        The names of the unsupported layers, which keep peft's own forward pass: layers with DoRA or
-        several adapters, layers that are not linear (GPT-2's Conv1D), and layers that compute in
-        another dtype than the hidden states.
+        The names of the unsupported layers, which keep peft's own forward pass. These are layers
+        with DoRA or several adapters, layers that are not linear (GPT-2's Conv1D), and 4-bit layers
+        whose compute dtype is not the dtype of the hidden states.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -144,10 +144,11 @@ def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: floa
 
 
 def frozen_weight(layer: nn.Module) -> Weight | None:
-    """Return a function that returns the matrix of a linear layer.
+    """Return a function that returns a linear layer's matrix, or None if it is not supported.
 
-    A 4-bit matrix is dequantised at each call. Return None for other layer types, and for a 4-bit
-    layer that computes in another dtype than its dequantised matrix has.
+    The function dequantises a 4-bit matrix at each call. Two kinds of layers are not supported:
+    layers that are not linear, and 4-bit layers whose compute dtype is not the dtype of the
+    dequantised matrix.
     """
     # source_cls is the type of the layer that transformers has replaced by a 4-bit layer.
     if getattr(layer, "source_cls", nn.Linear) is not nn.Linear:
@@ -167,7 +168,7 @@ def frozen_weight(layer: nn.Module) -> Weight | None:
 
 
 def _used_dtype(layer: Any) -> torch.dtype:
-    """Return the dtype of a layer's matrix after dequantisation: mostly that of hidden states."""
+    """Return the dtype of a layer's dequantised matrix, usually the dtype of the hidden states."""
     weight = layer.weight
     is_quantised = hasattr(weight, "quant_state")
     dtype: torch.dtype = weight.quant_state.dtype if is_quantised else weight.dtype

@@ -1,4 +1,4 @@
-"""Simulate the memory of attention kernels on the meta device."""
+"""Simulate the memory use of attention kernels with meta tensors, which have no values."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class MetaAttention(torch.autograd.Function):
-    """Simulates on the meta device a kernel that never has all scores in memory.
+    """Simulates the memory use of an attention kernel that never stores all scores.
 
-    The output, the tensors kept for the backward pass and the allocated workspace have the same
-    sizes as those of the kernel.
+    Its tensors are on the meta device. The output, the tensors kept for the backward pass and the
+    workspace have the same sizes as in the kernel.
     """
 
     @staticmethod
@@ -50,14 +50,14 @@ def varlen_workspace(query: Tensor, key: Tensor, value: Tensor, segments: int) -
     sequence. If query heads share keys and values, there are also gradients of keys and values for
     each query head.
 
-    Deterministic kernels allocate ``dq_accum`` several times: the fewer sequences, the more often.
-    The size returned is enough for any row of at most ``segments`` sequences.
+    Deterministic kernels allocate ``dq_accum`` several times, and more often for fewer sequences.
+    The size returned is the largest size for any number of sequences from 1 to ``segments``.
 
     Args:
         query: shape (T, H, E).
         key: shape (S, K, E).
         value: shape (S, K, E').
-        segments: number of sequences in the row.
+        segments: largest number of sequences in the row.
     """
     tokens, heads, width = query.shape
     wide = _round_up(width, 32 if width <= 128 else 64)
@@ -102,21 +102,21 @@ def _round_up(number: int, step: int) -> int:
 
 
 def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: int = 0) -> Tensor:
-    """Simulate FlashAttention or a similar kernel on meta tensors: see :class:`MetaAttention`.
+    """Simulate the memory use of FlashAttention or a similar kernel (:class:`MetaAttention`).
 
-    For FlashAttention, ``segments`` is the number of sequences in the row. It is 0 for kernels that
-    take one sequence at a time.
+    For FlashAttention, ``segments`` is the number of sequences in the row. For kernels that take
+    one sequence at a time, it is 0.
     """
     out: Tensor = MetaAttention.apply(query, key, value, segments, 1)
     return out
 
 
 def meta_padded_attention(query: Tensor, key: Tensor, value: Tensor, padding: int) -> Tensor:
-    """Simulate the memory-efficient kernel on meta tensors of shape (T, H, E).
+    """Simulate the memory use of torch's memory-efficient kernel for tensors of shape (T, H, E).
 
-    The kernel pads each sequence to the length of the longest one. ``padding`` is an upper bound of
-    the number of rows with padding divided by the number without. Each query head must have its own
-    key head.
+    The kernel pads each sequence to the length of the longest one. ``padding`` is an upper bound
+    for (number of rows with padding) / (number of rows without padding). Each query head must have
+    its own key head.
     """
     out: Tensor = MetaAttention.apply(query, key, value, 0, padding)
     return out

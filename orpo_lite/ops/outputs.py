@@ -1,4 +1,4 @@
-"""Define PairLogps, the log-probabilities of pairs: the only model output an objective reads."""
+"""Define PairLogps, the log-probabilities of pairs. An objective reads no other model output."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ class PairLogps(NamedTuple):
     """The log-probabilities of P pairs, from which an objective computes its loss."""
 
     chosen_P: Tensor
-    """Mean log-probability of the chosen response's tokens, Eq. 3; float32 or float64."""
+    """Mean log-probability of the chosen response's tokens (Eq. 3 of ORPO); float32 or float64."""
     rejected_P: Tensor
     """Mean log-probability of the rejected response's tokens; float32 or float64."""
     nll_P: Tensor

@@ -1,10 +1,12 @@
 """Define the segments of a packed row, and the attention options that every back-end reads.
 
-A segment is a part of the row whose tokens attend to each other causally. It can have a prefix:
-another part of the row, to which all its tokens attend too. A pair that shares its prompt is
-``[prefix | chosen rest | rejected rest]`` in the row. Its first segment is the prefix with the
-chosen rest. Its second segment is the rejected rest, which attends to the prefix too. The rejected
-tokens attend as if they followed the prefix directly: the causal mask is aligned bottom-right.
+A segment is a part of the row whose tokens attend to each other causally. A segment can have a
+prefix: another part of the row, to which all tokens of the segment attend too.
+
+If a pair shares its prompt, the row contains ``[prefix | chosen rest | rejected rest]``. The first
+segment is the prefix and the chosen rest. The second segment is the rejected rest, and its prefix
+is the shared one. So the rejected tokens attend as if they followed the prefix directly: the causal
+mask is aligned bottom-right.
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ class Segment(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Number of tokens, without the prefix."""
+        """Number of the segment's own tokens, without the prefix."""
         return self.stop - self.start
 
     @property
     def prefix_length(self) -> int:
-        """Number of prefix tokens."""
+        """Number of tokens in the prefix; 0 without a prefix."""
         return self.prefix_stop - self.prefix_start
 
 
@@ -52,7 +54,7 @@ class Layout:
     backend: str = "auto"
     """auto, or one of BACKENDS: flash_cpu, varlen, flash_attn, efficient, sdpa, maths."""
     target_kind: str | None = None
-    """On meta: the device kind for which a plan is made, a result of :func:`device_kind`."""
+    """The :func:`device_kind` for which a plan is made, if the tensors are on meta; else None."""
 
 
 _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -69,7 +71,7 @@ def use_layout(layout: Layout | None) -> Iterator[None]:
 
 
 def current_layout() -> Layout | None:
-    """Return the layout that :func:`use_layout` has set, or None.
+    """Return the layout that :func:`use_layout` has set, or None if none is set.
 
     A checkpointed layer stores the layout for its second run, because that run may be on another
     thread, which has no layout.
@@ -81,7 +83,7 @@ class AttentionOptions(NamedTuple):
     """The options of a layer's attention, apart from its segments."""
 
     scale: float
-    """Factor of the scores."""
+    """Factor by which the scores are multiplied."""
     window: int | None
     """Number of tokens that a query sees, including itself; None: no limit."""
     softcap: float | None
@@ -89,7 +91,10 @@ class AttentionOptions(NamedTuple):
 
     @property
     def window_size(self) -> tuple[int, int]:
-        """FlashAttention's window: tokens left of the query (-1: no limit), tokens right of it."""
+        """The window as FlashAttention expects it: (tokens before the query, tokens after it).
+
+        -1 means no limit.
+        """
         return (-1 if self.window is None else self.window - 1, 0)
 
 
@@ -99,9 +104,10 @@ def as_sequences(
     """Return a row as concatenated sequences, the input format of varlen kernels.
 
     Returns:
-        Queries (T, H, E), keys (S, K, E), values (S, K, E') and ``lengths``. Keys and values have a
-        copy of each prefix before its segment. ``lengths`` is (starts of the sequences of queries,
-        starts of the sequences of keys, longest sequence of queries, longest sequence of keys).
+        Queries (T, H, E), keys (S, K, E), values (S, K, E') and ``lengths``. In keys and values,
+        each segment follows a copy of its prefix. ``lengths`` is (first index of each sequence of
+        queries, first index of each sequence of keys, length of the longest sequence of queries,
+        length of the longest sequence of keys).
     """
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if any(segment.prefix_length for segment in segments):
@@ -132,7 +138,7 @@ def _starts(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor
 class Run(NamedTuple):
     """Consecutive segments of similar length, as slices of a row's queries and keys.
 
-    ``starts_q`` and ``starts_k`` say where each sequence starts in these slices.
+    ``starts_q`` and ``starts_k`` are the first index of each sequence within these slices.
     """
 
     queries: slice
@@ -144,15 +150,16 @@ class Run(NamedTuple):
 
 
 PADDING = 2
-"""Upper bound for each run: its number of rows with padding / its number without padding."""
+"""Upper bound, for each run, of (number of rows with padding) / (number without padding)."""
 
 
 @lru_cache(maxsize=4)
 def similar_runs(segments: tuple[Segment, ...], device: torch.device) -> tuple[Run, ...]:
-    """Split the segments of a row into runs of similar length, to save memory.
+    """Split the segments of a row into runs of similar length.
 
-    A kernel that pads each sequence to the longest one of a call can process one run per call.
-    Within a run, padding multiplies the number of queries or keys by at most :data:`PADDING`.
+    Some kernels pad each sequence to the longest sequence of a call. To save memory, such a kernel
+    is called once per run. Within a run, padding multiplies the number of queries and the number of
+    keys by at most :data:`PADDING`.
     """
     groups: list[list[Segment]] = []
     for segment in segments:
@@ -180,7 +187,7 @@ def _is_similar(group: Sequence[Segment]) -> bool:
 
 
 def clear_row_caches() -> None:
-    """Delete the cached index tensors of recent rows. A measured step then allocates them again."""
+    """Delete the cached index tensors of recent rows, so that a measured step allocates them."""
     _key_index.cache_clear()
     _starts.cache_clear()
     similar_runs.cache_clear()
@@ -197,7 +204,8 @@ def join_tokens(tensor: Tensor, prefix: slice, own: slice) -> Tensor:
 def causal_mask(queries: int, keys: int, offset: int, window: int | None, like: Tensor) -> Tensor:
     """Return a mask of shape (queries, keys): 0 where a query sees a key, else -inf.
 
-    Query i is at position ``offset + i`` among the keys.
+    Query i is at position ``offset + i`` among the keys. ``window`` is the number of tokens that a
+    query sees, including itself; None: no limit.
     """
     position_Q1 = torch.arange(offset, offset + queries, device=like.device).unsqueeze(1)
     position_K = torch.arange(keys, device=like.device)

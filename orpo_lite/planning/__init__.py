@@ -1,4 +1,4 @@
-"""Predict if a training fits a GPU and how fast it is, and propose changes that help.
+"""Predict whether a training fits a GPU, and how fast it runs. Propose changes if it does not fit.
 
 Import order: device, gpus, meter, on_meta, route, measure, extrapolate, search, choose, plan.
 """

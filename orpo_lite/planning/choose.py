@@ -22,23 +22,25 @@ PLAN = "plan.json"
 def choose_memory(
     recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, changed: Collection[str] = ()
 ) -> Generator[Update, None, tuple[Recipe, dict[str, Any]]]:
-    """Yield updates; finally return the recipe with planned settings, and plan.json's content.
+    """Yield updates; finally return (recipe with planned settings, new content of plan.json).
 
-    If there is no GPU and ``memory.budget`` is not set, nothing is planned. The recipe is then
-    returned unchanged, with {}. The same is true for a model that cannot be measured.
+    The content is {} if no new plan is made. Nothing is planned in two cases: there is no GPU and
+    ``memory.budget`` is not set, or the model cannot be measured. The recipe is then returned
+    unchanged.
 
-    A resumed run keeps the memory settings of its first plan if they still fit, because the last
-    bits of its results depend on them. It is planned again if ``changed`` has a key of ``memory``.
+    A resumed run keeps the settings in its plan.json if they still fit, because other settings
+    would change the last bits of its results. If ``changed`` contains a key of the section
+    ``memory``, a new plan is made.
 
     Args:
         recipe: the recipe of the run.
         inputs: the base and the tokenized pairs.
-        path: the run folder, with the first plan if the run is resumed.
-        processes: the processes of the run, which share one plan.
+        path: the run folder. If the run is resumed, it may contain plan.json.
+        processes: the processes of the run. All of them use the same plan.
         changed: the recipe keys that differ from those of the run's start.
 
     Raises:
-        FitError: no memory settings fit the budget.
+        FitError: the training does not fit the budget with any memory settings.
     """
     device, wanted = processes.device, recipe.memory.budget_bytes
     local = local_gpu(device.index or 0) if device.type == "cuda" else None
@@ -49,7 +51,7 @@ def choose_memory(
     if local and wanted and wanted > local.free:
         yield Update(
             "note",
-            f"memory.budget={recipe.memory.budget}, but the GPU has only {gib(local.free)} free",
+            f"memory.budget={recipe.memory.budget}, but only {gib(local.free)} of the GPU are free",
         )
     gpu = local.gpu if local else None
     before = read_json(path / PLAN) if (path / PLAN).is_file() else {}
@@ -70,7 +72,7 @@ def choose_memory(
         found = fit(recipe, inputs.base.config, lengths, device_kind(device), budget, gpu)
     except MODEL_CODE_ERRORS as error:
         reason = no_plan(inputs.base.name, error).found
-        yield Update("note", f"{reason}: the memory settings of the recipe are used")
+        yield Update("note", f"{reason}, so the recipe's memory settings are used unchanged")
         return recipe, {}
     for sentence in found.sentences(local.others if local else 0):
         yield Update("note", sentence)

@@ -1,4 +1,4 @@
-"""Describe the device of a training, and refuse a CPU if the machine has an unusable GPU."""
+"""Describe the device of a training, and refuse the CPU if torch cannot use the machine's GPU."""
 
 import os
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from orpo_lite.ops.devices import META
 from orpo_lite.recipe.text import GIB
 
 CPU_LIMIT = 10**9
-"""A base with more parameters is not trained on the CPU of a machine with an unusable GPU."""
+"""If torch cannot use the machine's GPU, a base with more parameters is not trained on the CPU."""
 # Major version of CUDA -> the oldest driver that runs all its minor versions. Source: NVIDIA, "CUDA
 # Compatibility".
 MIN_DRIVER = {"12": "525", "13": "580"}
@@ -40,14 +40,14 @@ class UnusableGpu:
 
     @property
     def remedy(self) -> str:
-        """What to do so that torch can use the GPU."""
+        """Advice for the user: what to install so that torch can use the GPU."""
         if torch.version.cuda is None:
             return "install torch with CUDA (https://pytorch.org/get-started/locally)"
         return "update the driver"
 
 
 def describe_device(device: torch.device, doing: str = "training") -> str:
-    """Return a sentence that names the device of a task, and says why a GPU is not used."""
+    """Return text for the user: the task, its device, and on a CPU the fault of an unusable GPU."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         memory, version = properties.total_memory / GIB, f"{properties.major}.{properties.minor}"
@@ -65,12 +65,12 @@ def refuse_slow_device(device: torch.device, wanted: str, name: str, config: Any
 
     Args:
         device: the device that the training would use.
-        wanted: the value of ``model.device``. If it is cpu, nothing is refused.
+        wanted: the value of ``model.device``. With the value cpu, no base is refused.
         name: name of the base.
         config: transformers' configuration of the base.
 
     Raises:
-        FitError: the base is refused.
+        FitError: the base is large, and torch cannot use the machine's GPU.
     """
     if device.type != "cpu" or wanted == "cpu":
         return
@@ -82,19 +82,20 @@ def refuse_slow_device(device: torch.device, wanted: str, name: str, config: Any
     count = sum(parameter.numel() for parameter in model.parameters())
     if count <= CPU_LIMIT:
         return
-    text = f"{gpu.remedy}; or set model.device=cpu, where a step takes hours"
+    text = f"{gpu.remedy}; or set model.device=cpu to train on the CPU (a step takes hours)"
     raise FitError(
         where=f"model {name}",
-        found=f"its {count / 1e9:.1f} billion parameters would be trained on the CPU. {gpu}",
+        found=f"a base of {count / 1e9:.1f} billion parameters would be trained on the CPU. {gpu}",
         expected="a GPU that torch can use",
         fix=Overrides({"model.device": "cpu"}, text=text),
     )
 
 
 def find_unusable_gpu() -> UnusableGpu | None:
-    """Return the first GPU that NVML finds if torch finds no GPU; otherwise return None.
+    """Return the first GPU of the driver if torch finds no GPU.
 
-    Return None too if CUDA_VISIBLE_DEVICES hides the GPUs from torch.
+    Return None if torch finds a GPU, if the driver (asked with NVML) finds none, or if
+    CUDA_VISIBLE_DEVICES hides all GPUs from torch.
     """
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None

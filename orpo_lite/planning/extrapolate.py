@@ -1,4 +1,4 @@
-"""Measure steps of models with a few layers, and extrapolate memory and time to all layers."""
+"""Measure steps of models with few layers. Extrapolate their memory and time to all layers."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -19,25 +19,28 @@ def seconds(work: Mapping[tuple[int, int], int], sent: int, gpu: Gpu) -> float:
     """Return the estimated seconds of a step by the roofline model.
 
     An operator takes the time of its FLOPs or the time of its memory traffic, whichever is longer.
-    The time of copies to host memory and back is added, as if they did not overlap with operators.
+    Copies to host memory and back are assumed not to overlap with operators, so their time is
+    added. A GPU is assumed to reach 60% of the speeds in its data sheet.
 
     Args:
-        work: the number of operators by (FLOPs, bytes moved).
-        sent: bytes that are copied to host memory, and later back.
-        gpu: the GPU, with the speeds of its data sheet.
+        work: (FLOPs, bytes moved) of an operator -> number of such operators.
+        sent: bytes that are copied to host memory and later copied back.
+        gpu: the GPU, with the speeds in its data sheet.
     """
     bounds = (count * max(f / gpu.flops, b / gpu.bandwidth) for (f, b), count in work.items())
     return sum(bounds) / REACHED + 2 * sent / PCIE
 
 
 class LayerExtrapolation:
-    """The memory and time of a step with any number of layers, for one choice of memory settings.
+    """Predicts the memory and time of a step for any number of layers and fixed memory settings.
 
-    Steps of models with two to four layers are measured. Memory has its peak at one of two moments:
-    at the start of the backward pass, when everything that the layers keep is in memory, or later,
-    when a checkpointed layer runs again. At both moments, each further layer adds a fixed number of
-    bytes. ``kept`` is the number of layers that are not checkpointed. Such a layer adds the same
-    with and without offload.
+    Steps of models with two to four layers are measured. Memory peaks at one of two moments. The
+    first is the start of the backward pass, when everything that the layers keep is in memory. The
+    second is later, when a checkpointed layer is recomputed. At both moments, each further layer
+    adds a fixed number of bytes.
+
+    ``kept`` is the number of layers that are not checkpointed. Such a layer adds the same number of
+    bytes with and without offload.
     """
 
     def __init__(
@@ -52,19 +55,19 @@ class LayerExtrapolation:
         alike: "LayerExtrapolation | None" = None,
         untiled: "LayerExtrapolation | None" = None,
     ) -> None:
-        """Store the arguments. Each step is measured when it is first needed.
+        """Store the arguments. A step is measured when its result is first needed.
 
         Args:
             recipe: the recipe with the chosen memory settings.
             config: transformers' configuration of the base.
-            triples: the token counts of the pairs.
-            kind: the kind of the device to plan for.
+            triples: the token counts of the pairs: see :data:`orpo_lite.planning.on_meta.Triples`.
+            kind: the kind of device to plan for: see :func:`orpo_lite.ops.devices.device_kind`.
             planned: the route of pairs through the model.
-            models: models of earlier measurements of the recipe, to be used again.
+            models: the cache of models from earlier measurements of the recipe; None for a new one.
             on_device: the extrapolation for the same settings without offload; None if these
                 settings have no offload.
-            alike: an extrapolation whose un-checkpointed layers need the same as those of this one,
-                so that they are measured once; None: they are measured here.
+            alike: an extrapolation in which an un-checkpointed layer needs the same bytes and
+                operators. Its measurement is used. None: the layer is measured here.
             untiled: the extrapolation for the same settings without MLP tiles and with the recipe's
                 ``head_chunk``; None if these settings have no MLP tiles.
         """
@@ -102,7 +105,7 @@ class LayerExtrapolation:
 
     @cached_property
     def _layer(self) -> tuple[int, dict[tuple[int, int], int]]:
-        """The bytes and the operators that an un-checkpointed layer adds."""
+        """The bytes and the operators that each kept (un-checkpointed) layer adds."""
         if self._alike:
             return self._alike._layer
         fewer, more = self._small(self._few, 1), self._kept
@@ -124,7 +127,7 @@ class LayerExtrapolation:
         return self._layer[0]
 
     def peak(self, layers: int, kept: int) -> int:
-        """Return the peak bytes of a step, without those that the device holds in all steps."""
+        """Return the peak bytes of a step, without tensors that stay on the device in all steps."""
         recomputing = self._two.peak + (layers - kept - self._few) * self.checkpoint
         if not kept:
             return recomputing
@@ -135,7 +138,7 @@ class LayerExtrapolation:
         return max(recomputing, backward)
 
     def work(self, layers: int, kept: int) -> Counter[tuple[int, int]]:
-        """Return the number of operators of a step by (FLOPs, bytes moved)."""
+        """Return (FLOPs, bytes moved) of an operator -> number of such operators in a step."""
         total = Counter(self._two.work)
         parts = [(_added(self._two.work, self._three.work), layers - kept - self._few)]
         if kept:
@@ -147,19 +150,20 @@ class LayerExtrapolation:
 
     @property
     def tokens_per_pair(self) -> float:
-        """Tokens per pair in the planned forward pass."""
+        """Tokens of the measured forward pass, divided by its number of pairs."""
         return self._two.tokens / self._two.pairs
 
     def seconds_per_token(self, layers: int, kept: int, gpu: Gpu) -> float:
-        """Return the estimated seconds of a step per token. They are linear in ``kept``."""
+        """Return the estimated seconds per token of a step. The result is linear in ``kept``."""
         sent_by_layer = self._three.sent - self._two.sent
         sent = self._two.sent + (layers - kept - self._few) * sent_by_layer
         return seconds(self.work(layers, kept), sent, gpu) / self._two.tokens
 
     def least_peak(self, untiled: "LayerExtrapolation", kept: int) -> int:
-        """Return a lower bound of :meth:`peak` that needs fewer measured steps.
+        """Return a lower bound of :meth:`peak`. It needs fewer measured steps.
 
-        One un-checkpointed layer is not counted, because the first layer may keep nothing.
+        ``untiled`` is the extrapolation without MLP tiles. One un-checkpointed layer is not
+        counted, because the first layer may keep nothing.
         """
         on_device, plain = self._on_device or self, untiled._on_device or untiled
         return max(0, on_device._kept.peak - plain.checkpoint + (kept - 3) * self.layer)
@@ -167,10 +171,10 @@ class LayerExtrapolation:
     def least_seconds_per_token(
         self, untiled: "LayerExtrapolation", layers: int, kept: int, gpu: Gpu
     ) -> float:
-        """Return a lower bound of :meth:`seconds_per_token` that needs fewer measured steps.
+        """Return a lower bound of :meth:`seconds_per_token`. It needs fewer measured steps.
 
-        MLP tiles only add work. So a checkpointed layer takes at least as long with tiles as
-        without them.
+        ``untiled`` is the extrapolation without MLP tiles. MLP tiles only add work. So a
+        checkpointed layer with tiles takes at least as long as one without tiles.
         """
         plain = untiled._on_device or untiled
         without = untiled.seconds_per_token(layers, 0, gpu)

@@ -23,7 +23,7 @@ class Gpu:
     flops: float
     """FLOPs per second of dense bfloat16 matrix products that are summed in float32."""
     bandwidth: float
-    """Bytes per second to and from its memory."""
+    """Bytes per second between the GPU and its memory."""
     capability: tuple[int, int] = (8, 0)
     """NVIDIA's compute capability."""
 
@@ -64,9 +64,10 @@ HOPPER = (9, 0)
 
 
 def allowances(step: int, gpu: Gpu | None, *, deterministic: bool = False) -> dict[str, int]:
-    """Return a dict from the name of each allowance to its bytes.
+    """Return a dict: name of an allowance -> its bytes.
 
-    An allowance is memory that is needed besides tensors. ``step`` is the peak of tensors in bytes.
+    An allowance is an estimate of memory that a run needs in addition to tensors, such as the CUDA
+    context. ``step`` is the peak bytes of a step, without the tensors that stay on the device.
     """
     if not gpu:
         return {"fragmentation": int(FRAGMENTATION * step)}
@@ -80,13 +81,13 @@ def allowances(step: int, gpu: Gpu | None, *, deterministic: bool = False) -> di
 
 @dataclass(frozen=True)
 class Holder:
-    """Another process that uses memory of a GPU."""
+    """Another process on this machine that uses memory of a GPU."""
 
     pid: int
     program: str
     """The program's file name without its folder; "" if the driver does not report it."""
     memory: int
-    """Bytes that it uses; 0 if the driver does not report them."""
+    """Bytes that the process uses; 0 if the driver does not report them."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,19 @@ class LocalGpu:
 
     gpu: Gpu
     free: int
-    """Bytes that this process may use: the free ones, and those that it uses already."""
+    """Bytes that this process may use: the free bytes plus the bytes that it uses already."""
     holders: tuple[Holder, ...] = ()
     driver: str = ""
     """The driver's version; "" if the driver does not answer."""
 
     @property
     def others(self) -> int:
-        """Bytes that other processes use."""
+        """Bytes of this GPU that other processes use."""
         return sum(holder.memory for holder in self.holders)
 
 
 def local_gpu(index: int = 0) -> LocalGpu | None:
-    """Return a GPU of this machine with its free memory; None if torch finds no GPU."""
+    """Return GPU number ``index`` with its free memory; None if torch finds no GPU."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(index)
@@ -130,9 +131,9 @@ def local_gpu(index: int = 0) -> LocalGpu | None:
 
 
 def memory_budget(wanted: int | None, local: LocalGpu | None) -> int | None:
-    """Return the bytes that a run may use: ``wanted``, but at most the free bytes of ``local``.
+    """Return the bytes that a run may use: the minimum of ``wanted`` and ``local.free``.
 
-    If both are None, return None.
+    If one of ``wanted`` and ``local`` is None, only the other counts. If both are, return None.
     """
     sizes = []
     if wanted is not None:

@@ -1,4 +1,4 @@
-"""Run the real training step on the meta device, without weights, and measure what it needs."""
+"""Run the real training step on the meta device, without weights. Measure its memory and work."""
 
 import math
 from collections import Counter
@@ -39,13 +39,13 @@ class StepMemory:
     held: Mapping[str, int]
     """Bytes that stay on the device through all steps, by part."""
     peak: int
-    """Most bytes that the pass uses at once, in addition to ``held``."""
+    """The largest number of bytes that the pass uses at one time, in addition to ``held``."""
     parts: Mapping[str, int]
     """The bytes of ``peak`` by the phase that allocated them."""
     host: int
-    """Most bytes that are in host memory at once."""
+    """The largest number of bytes in host memory at one time."""
     work: Counter[tuple[int, int]]
-    """Number of operators by (FLOPs, bytes moved). All FLOPs of attention are one extra entry."""
+    """(FLOPs, bytes moved) -> number of such operators. One extra entry has attention's FLOPs."""
     sent: int
     """Bytes that were copied to host memory. They are copied back later."""
     paged: int
@@ -57,7 +57,7 @@ class StepMemory:
     loading: int
     """Bytes on the device while the base is loaded."""
     notes: tuple[str, ...]
-    """Notes for the user on the step of this model, one line each."""
+    """Notes for the user about a step of this model, one line each."""
 
     @property
     def total(self) -> int:
@@ -72,11 +72,11 @@ def heaviest_pairs(
 
     If all pairs of a micro-batch are in one row, memory grows with three numbers: the tokens, the
     segments (FlashAttention adds 128 rows for each), and the prefix tokens (attention repeats their
-    keys and values). The returned pairs have the largest value of each number that a micro-batch
-    can have.
+    keys and values). In the returned pairs, each number is at its maximum over all possible
+    micro-batches.
 
-    If each sequence is computed alone, the largest micro-batch of the longest pairs is returned. It
-    is filled up with one more pair.
+    Otherwise, the longest pairs are divided into micro-batches, and the largest micro-batch is
+    returned. If it has space for more tokens, one more pair fills the space.
     """
     most = recipe.training.global_batch_size
     if not (batching.packed and in_one_row):
@@ -102,7 +102,7 @@ def heaviest_pairs(
 
 
 def _longest_pairs(triples: Triples, most: int, batching: Batching) -> list[TokenizedPair]:
-    """Return the largest micro-batch of the longest pairs, filled up with one more pair."""
+    """Return the largest micro-batch of the longest pairs. One more pair fills its free space."""
     lengths = triples[:, 1] + triples[:, 2]
     if batching.share:
         lengths = lengths - triples[:, 0]
@@ -125,7 +125,7 @@ def _tokens(pairs: Sequence[TokenizedPair], batching: Batching) -> int:
 
 
 class MetaModels:
-    """Keeps models on meta of one recipe and configuration, one for each number of layers."""
+    """A cache of models on meta for one recipe and base, one model for each number of layers."""
 
     def __init__(self) -> None:
         self._models: dict[int, PairModel] = {}
@@ -133,8 +133,8 @@ class MetaModels:
     def get(self, recipe: Recipe, config: Any, dtype: torch.dtype) -> PairModel:
         """Return the model of this configuration with the recipe's memory settings.
 
-        This changes the model with the same number of layers that an earlier call returned. Do not
-        use the earlier model any more.
+        Calls with the same number of layers share the modules of one model, and each call changes
+        them. So only use the model of the last such call.
         """
         layers = int(config.get_text_config().num_hidden_layers)
         if layers not in self._models:
@@ -151,15 +151,15 @@ def measure(
     planned: PlannedRoute | None = None,
     models: MetaModels | None = None,
 ) -> StepMemory:
-    """Run the heaviest micro-batch of a recipe through its model on meta, and measure it.
+    """Run a recipe's heaviest micro-batch forward and backward on meta. Return memory and work.
 
     Args:
         recipe: the recipe with the memory settings to measure.
         config: transformers' configuration of the base.
-        triples: the token counts of the pairs.
+        triples: the token counts of the pairs: see :data:`orpo_lite.planning.on_meta.Triples`.
         kind: the kind of device to plan for: see :func:`orpo_lite.ops.devices.device_kind`.
         planned: the route of pairs through the model; if None, :func:`find_route` finds it.
-        models: models of earlier measurements of the recipe, to be used again.
+        models: the cache of models from earlier measurements of the recipe; None for a new one.
     """
     planned = planned or find_route(recipe, config, triples, kind)
     if kind == "cpu":  # all its memory is host memory, so these settings move nothing
@@ -223,9 +223,10 @@ LOADERS = 4
 
 
 def resident_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
-    """Return the bytes that stay on the device through all steps, by part, and the paged bytes.
+    """Return (part -> bytes that stay on the device through all steps, paged bytes).
 
-    Paged bytes are part of the optimizer's states. The driver may move them to host memory.
+    Paged bytes are optimizer states that the driver may move to host memory. The part "optimizer"
+    includes them.
     """
     tensors_by_part = held_tensors(model)
     sizes = {name: sum(map(storage_bytes, tensors)) for name, tensors in tensors_by_part.items()}
@@ -244,8 +245,8 @@ def offloaded_embedding_bytes(model: PairModel) -> int:
 def loading_bytes(model: PairModel, resident: Mapping[str, int]) -> int:
     """Return the bytes on the device while the base is loaded.
 
-    They include the whole base, an embedding that is moved to the host later, and the tensors that
-    the loaders are about to quantise.
+    They include the whole base, an embedding that is moved to host memory after loading, and the
+    16-bit tensors that transformers' loading threads hold before they quantise them.
     """
     quantised = [
         _elements(parameter)
@@ -259,7 +260,7 @@ def loading_bytes(model: PairModel, resident: Mapping[str, int]) -> int:
 
 @contextmanager
 def track_phases(backbone: Any, meter: LiveBytes) -> Iterator[None]:
-    """Set ``meter.phase`` in a forward pass: batch, layers of ``backbone``, head and loss."""
+    """Set ``meter.phase`` in a forward pass to "batch", then "kept by the layers", then "head"."""
 
     def set_phase(name: str) -> Any:
         def hook(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Count the memory of all storages and the work of all operators of a step."""
+"""Count the bytes of all tensors in a step, and the FLOPs and memory traffic of all operators."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
 
 
 def allocated_bytes(storage: torch.UntypedStorage) -> int:
-    """Return the bytes that the allocator reserves for a storage."""
+    """Return the bytes that torch's CUDA allocator reserves for a storage."""
     return -(-storage.nbytes() // ROUNDING) * ROUNDING
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of each storage that an operator returns, until the storage is freed.
+    """Counts the bytes of tensors in use, as a context manager.
 
-    Pass tensors that existed before counting, such as weights, as ``known``. Otherwise they are
-    counted at their first use. Views and allocations inside kernels are not counted. Sizes are
-    rounded up to 512 bytes.
+    A storage is counted from the operator that returns it until the storage is freed. Pass tensors
+    that existed before counting, such as weights, as ``known``. Otherwise they are counted at their
+    first use. Views and allocations inside kernels are not counted. Sizes are rounded up to 512
+    bytes.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -53,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
         self.sent = 0
         """Total bytes copied to host memory. They are copied back later."""
         self.work: Counter[tuple[int, int]] = Counter()
-        """Number of operators by (FLOPs, bytes moved). FLOPs of attention kernels are missing."""
+        """(FLOPs, bytes moved) -> number of such operators. FLOPs of attention are missing."""
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         """Each storage in use, by its id. A weakref callback is cheaper than weakref.finalize."""
         for tensor in known:
@@ -63,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         """Return False, so that torch calls ``__torch_dispatch__`` without a costly wrapper.
 
-        The wrapper would disable torch.compile while an operator runs. ``_run`` does so too.
+        The wrapper would disable torch.compile while an operator runs. ``_run`` does this already.
         """
         return False
 
@@ -166,7 +167,7 @@ _results: dict[Any, _CachedResult] = {}
 
 
 def _key(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-    """Return the cache key of an operator and its arguments; None if it cannot be cached.
+    """Return the cache key of an operator and its arguments; None if there is no key for them.
 
     Add the tensors among the arguments to ``tensors``.
     """

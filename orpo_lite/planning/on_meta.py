@@ -1,4 +1,4 @@
-"""Make pairs of given lengths and replace functions, so that a step runs on the meta device."""
+"""Prepare a step on the meta device: pairs of given lengths, and replacements for functions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +21,9 @@ META_ATTENTION = "orpo_lite_scoreless"  # attention of padded rows on meta
 def meta_attention(
     _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
-    """Return the output of attention on meta, without computing scores.
+    """Return a meta tensor in the shape of attention's output. No scores are computed.
 
-    For the backward pass, it keeps the queries, keys, values, the output, and one number per query
+    For the backward pass, these are kept: queries, keys, values, output, and one number per query
     and head.
     """
     return meta_flash_attention(query, key, value).transpose(1, 2), None
@@ -33,7 +33,7 @@ AttentionInterface.register(META_ATTENTION, meta_attention)
 
 
 def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Return by part the tensors that a model keeps on its device, each storage once."""
+    """Return part of a model -> tensors that it keeps on its device. Each storage appears once."""
     parts: dict[str, list[Tensor]] = {"base": [], "embeddings, head, norms": [], "adapter": []}
     own: Any = model.causal if isinstance(model, PairModel) else model
     ends = [
@@ -68,11 +68,12 @@ def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
 
 @contextmanager
 def patched_for_meta() -> Iterator[None]:
-    """Replace two functions that do not work on meta, inside the ``with`` block.
+    """Replace two functions that do not work on meta tensors, inside the ``with`` block.
 
-    ``torch.autocast`` fails for the device type meta. peft's adapters of experts call it to turn
-    autocast off. transformers' ``find_packed_sequence_indices`` reads the values of positions. It
-    is not needed here, because each row is one sequence.
+    ``torch.autocast`` fails for the device type meta. peft's adapters of experts call this function
+    to turn autocast off. transformers' ``find_packed_sequence_indices`` reads the values of
+    positions, and meta tensors have no values. Its result is not needed here, because each row is
+    one sequence.
     """
     plain: Any = torch.autocast
     search = masking_utils.find_packed_sequence_indices
@@ -94,12 +95,12 @@ Triples = NDArray[np.int64]
 
 
 def worst_case(max_length: int, pairs: int) -> Triples:
-    """Return the longest pairs: two sequences of ``max_length`` tokens, with no common prefix."""
+    """Return the token counts of ``pairs`` pairs: twice ``max_length`` tokens, no common prefix."""
     return np.tile(np.array([[0, max_length, max_length]]), (pairs, 1))
 
 
 def blank_pairs(triples: Triples) -> list[TokenizedPair]:
-    """Return pairs with these token counts. The token ids are arbitrary: meta ignores them."""
+    """Return pairs with these token counts. Their token ids have no meaning: meta ignores them."""
     pairs = []
     for prefix, chosen, rejected in triples.tolist():
         chosen_ids = np.zeros(chosen, np.int32)

@@ -1,4 +1,4 @@
-"""Plan a recipe without weights or a GPU: report if it fits, its speed, and what helps."""
+"""Plan a recipe without weights or a GPU: report whether it fits, its speed, and what to change."""
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ class PlanReport:
     local: LocalGpu | None
     """This machine's GPU; None if there is none."""
     from_data: bool
-    """Whether the pairs have the lengths of the data; otherwise they have data.max_length."""
+    """True if the plan uses the lengths of the data; False if it uses data.max_length."""
     rows: list[GpuRow]
     """One row per GPU. The first row is the GPU that ``plan`` is for."""
     changes: list[Change]
@@ -42,15 +42,15 @@ class PlanReport:
     disk: dict[str, int]
     """Bytes on disk, for the keys download, checkpoints, adapter and merged."""
     is_verdict: bool
-    """Whether ``plan.fits`` is final.
+    """Whether ``plan.fits`` is the final answer for the user.
 
-    It is final for the user's own GPU or budget. If neither is known, a GPU was assumed. Then
-    ``plan.fits`` is only final if it is False, because no known GPU fits."""
+    It is final if the plan is for the user's own GPU or budget. Otherwise the plan is for an
+    assumed GPU. Then False is final, because no known GPU fits, but True is not."""
     notes: list[str]
     """Notes for the user, one line each."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as values for JSON, in bytes and seconds."""
+        """Return the report as a dict for JSON. Sizes are in bytes, and times in seconds."""
         return {
             "base": self.base,
             **self.plan.to_json(),
@@ -78,14 +78,15 @@ class PlanReport:
 
 
 def plan(recipe: Recipe, *, with_data: bool = False) -> PlanReport:
-    """Plan a recipe for this machine's GPU, within ``memory.budget`` if that is set.
+    """Plan a recipe for this machine's GPU, within ``memory.budget`` if this key is set.
 
-    Without a GPU, plan for ``memory.budget``. If that is not set, plan for the smallest known GPU
-    with 24 GB or more that fits, or for the largest one if none fits.
+    If there is no GPU, plan for ``memory.budget``. If this key is not set either, plan for the
+    smallest known GPU with at least 24 GB on which the training fits. If there is none, plan for
+    the largest known GPU.
 
     Args:
-        recipe: the recipe. Only the configuration of its base is read. For a shipped recipe, this
-            needs no network.
+        recipe: the recipe. The weights of its base are not read, only its configuration. For a
+            shipped recipe, this needs no network.
         with_data: if True, tokenize the data and plan for its longest pairs. If False, plan for
             pairs of two sequences of ``data.max_length`` tokens with no common prefix.
 
@@ -119,7 +120,7 @@ def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update,
         yield Update("note", "model.device=cpu trains on the CPU, but this plan is for a GPU")
     kind = device_kind(torch.device("cuda", 0)) if local else "ampere"
     budget = memory_budget(recipe.memory.budget_bytes, local)
-    yield Update("stage", "measuring steps of models with a few layers")
+    yield Update("stage", "measuring steps of models with few layers")
     try:
         planner = Planner(recipe, config, triples, kind)
         return (yield from _report(recipe, asked_name, planner, local, budget, with_data))
@@ -147,7 +148,7 @@ def _report(
     least = planner.least_bytes(gpu)
     verdict = "yes, it fits" if least <= budget else "no, it does not fit"
     yield Update(
-        "note", f"{verdict}: the smallest memory settings need {gib(least)} of {gib(budget)}"
+        "note", f"{verdict}: at least {gib(least)} are needed, and the limit is {gib(budget)}"
     )
     yield Update("stage", "looking for the fastest memory settings that fit")
     found = planner.plan(budget, gpu)
@@ -177,7 +178,7 @@ def _report(
 
 
 def _notes_on_length(planner: Planner) -> list[str]:
-    """Return a note if the longest sequence is too long for the base: training refuses it."""
+    """Return a note if the base cannot read the longest sequence. A training would refuse it."""
     limit = getattr(planner.config.get_text_config(), "max_position_embeddings", None)
     longest = int(planner.triples[:, 1:].max())
     if not limit or longest <= limit:
@@ -189,12 +190,12 @@ def _notes_on_length(planner: Planner) -> list[str]:
 
 
 def _similar_gpu(budget: int) -> Gpu:
-    """Return the smallest known GPU with about ``budget`` bytes or more, for its speed."""
+    """Return the smallest known GPU with 95% of ``budget`` bytes or more. Its speed is assumed."""
     return next((gpu for gpu in GPUS if gpu.memory >= 0.95 * budget), GPUS[-1])
 
 
 def _disk(found: MemoryPlan, recipe: Recipe, *, is_local: bool) -> dict[str, int]:
-    """Return the bytes on disk that a run needs. ``is_local``: the base is already on disk."""
+    """Return the bytes on disk that a run needs. ``is_local``: the base needs no download."""
     base_16bit = 2 * found.measured.weights
     adapter = found.measured.held["adapter"]
     disk = {}

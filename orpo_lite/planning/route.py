@@ -1,4 +1,4 @@
-"""Predict the route of pairs that ``model.probe`` will choose for a planned model."""
+"""Predict how pairs will go through a model: the route that ``model.probe`` will choose."""
 
 import copy
 import logging
@@ -30,18 +30,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedRoute:
-    """The route of pairs through a planned model: see :data:`orpo_lite.model.pair_model.Route`."""
+    """A predicted route of pairs: see :data:`orpo_lite.model.pair_model.Route`."""
 
     route: Route
     attention: str | None
-    """transformers' name of an attention function that replaces the model's own; or None."""
+    """Name of the attention function that replaces the model's own; None if nothing replaces it."""
     uncounted: float
-    """Share of the layers whose attention FLOPs a counter of operators does not see."""
+    """Share of the layers (0 to 1) in which ``LiveBytes`` does not count the FLOPs of attention."""
     reason: str = ""
-    """Why the route that the recipe asks for is not used; "" if it is used."""
+    """Why the route of the recipe cannot be used; "" if it is used."""
 
     def apply(self, model: PairModel, kind: str) -> None:
-        """Make a model on meta use this route. ``kind`` is the kind of the planned device."""
+        """Make a model on meta use this route. ``kind`` is the kind of device to plan for."""
         model.target_kind = kind
         if self.route != model.route:
             model.fall_back(self.route, self.reason)
@@ -50,24 +50,27 @@ class PlannedRoute:
 
 
 def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> PlannedRoute:
-    """Return the fastest route on which all layers use this package's attention.
+    """Return the fastest route on which all layers can use this package's attention.
 
-    A layer can use it if the layer calls the attention function that transformers looks up. Layers
-    with ALiBi or linear attention do not call it. This package's attention also refuses attention
-    sinks and masks. If there is no such route, each sequence is computed alone. Differences that
-    only show in values are not found here: the probe finds them before the training.
+    This package registers its attention function in transformers. Most layers call the registered
+    function, but layers with ALiBi or linear attention do not. The function also refuses attention
+    sinks and masks. If there is no route on which all layers can use it, each sequence goes through
+    the model alone.
+
+    Meta tensors have no values. So an error that only changes values is not found here, but by the
+    probe before the training.
 
     Raises:
         One of MODEL_CODE_ERRORS: the model does not run on meta at all.
     """
     preferred: Route = "shared" if recipe.memory.prompt_sharing else "packed"
     longest = int(triples[:, 1:].max())
-    reason = "its rotary embedding changes with the length"
+    reason = "the model's rotary embedding changes with the length"
     if recipe.memory.packing and not changes_frequencies(config.get_text_config(), longest):
         found = _try_route(PlannedRoute(preferred, None, 1.0), NAME, recipe, config, kind)
         if found == 1:
             return PlannedRoute(preferred, None, 1.0)
-        reason = found if isinstance(found, str) else "some of its layers have their own attention"
+        reason = found if isinstance(found, str) else "some layers have their own attention"
     alone: Route = "rows" if recipe.memory.packing else preferred
     planned = PlannedRoute(alone, META_ATTENTION, 1.0)
     uncounted = _try_route(planned, META_ATTENTION, recipe, config, kind)
@@ -80,14 +83,14 @@ def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Plan
 def _try_route(
     planned: PlannedRoute, name: str, recipe: Recipe, config: Any, kind: str
 ) -> float | str:
-    """Run a pair on a route. Return the share of layers that call the attention ``name``.
+    """Run a pair on a route. Return the share of layers that call the attention function ``name``.
 
     If the model cannot run on this route, return the reason.
     """
     dtype = choose_dtype(recipe.model.dtype, kind)
     model = bare_pair_model(recipe, _one_layer_of_each_type(config), dtype, META)
     if planned.attention and model.own_attention == "eager":
-        return "its own attention holds all scores"
+        return "the model's own attention keeps all scores"
     planned.apply(model, kind)
     batch = make_batch(blank_pairs(worst_case(8, 1)), model.batching(recipe, pad_id=0)).to(META)
     passes = 2 if recipe.memory.packing and planned.route == "rows" else 1
@@ -98,7 +101,7 @@ def _try_route(
         logger.info("pairs cannot take the route %s", planned, exc_info=error)
         if isinstance(error, UnsupportedError):
             return str(error)
-        return "its code does not take packed rows"
+        return "the model's code does not take packed rows"
     return len(calls) / (passes * int(model.config.get_text_config().num_hidden_layers))
 
 
@@ -120,13 +123,13 @@ def _record_calls(name: str) -> Iterator[list[None]]:
 
 
 def _one_layer_of_each_type(config: Any) -> Any:
-    """Return the configuration with the fewest layers, at least 2, that include each type."""
+    """Return a configuration with its first layers: at least 2, and enough to include each type."""
     types = getattr(config.get_text_config(), "layer_types", None) or []
     return with_layers(config, max([2, *(1 + types.index(layer_type) for layer_type in types)]))
 
 
 def with_layers(config: Any, layers: int) -> Any:
-    """Return the configuration with its first ``layers`` layers, repeated if it has fewer."""
+    """Return a copy with ``layers`` layers. If the configuration has fewer, they are repeated."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     for key, value in vars(text).items():

@@ -1,8 +1,8 @@
 """Search for the fastest memory settings that fit a budget.
 
-No formula over a model's shape is used. For each choice of settings, steps of models with two to
-four layers are measured. Each further layer adds as much as one measured layer. The chosen settings
-are then measured once with all layers.
+Memory is measured, not computed from the shape of a model. For each choice of settings, steps of
+models with two to four layers are measured. It is assumed that each further layer adds as much as
+one measured layer. The chosen settings are then measured once with all layers.
 """
 
 import itertools
@@ -42,32 +42,32 @@ MORE_TOKENS = (4_096, 8_192)
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the training, such as a lower data.max_length, that needs less memory."""
+    """A change of the recipe that saves memory, such as a lower data.max_length."""
 
     keys: Mapping[str, Any]
     """``section.key`` -> value."""
     needed: int
-    """Bytes that the training needs with these keys."""
+    """Bytes that the training needs after the change."""
     fits: bool
 
 
 @dataclass(frozen=True)
 class GpuRow:
-    """The memory settings, memory and time of a recipe on one GPU, by extrapolation."""
+    """A row of the plan's table: memory settings for one GPU, with extrapolated memory and time."""
 
     gpu: Gpu
     settings: Mapping[str, Any] | None
-    """Values for keys of ``memory``; None if the recipe does not fit."""
+    """Key of ``memory`` -> value; None if the training does not fit the GPU."""
     needed: int
     seconds_per_pair: float | None
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Memory settings for a recipe, with the memory and time of a step."""
+    """Memory settings, and the memory and time that a step needs with them."""
 
     settings: Mapping[str, Any]
-    """Values for the keys of ``memory``."""
+    """Key of ``memory`` -> value."""
     budget: int | None
     """Bytes that the run may use; None if unknown."""
     gpu: Gpu | None
@@ -79,23 +79,23 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes of tensors on the device at the peak of a step."""
+        """Bytes of all tensors on the device at the peak of a step."""
         return self.measured.total
 
     @property
     def parts(self) -> dict[str, int]:
-        """The bytes of each part at the peak of a step."""
+        """Name of a part, such as base or gradients -> its bytes at the peak of a step."""
         parts = {**self.measured.held, **self.measured.parts}
         return {name: size for name, size in parts.items() if size}
 
     @property
     def allowances(self) -> dict[str, int]:
-        """The bytes that are needed in addition to tensors, by name."""
+        """Name -> bytes that are needed in addition to tensors, such as for the CUDA context."""
         return self._allowances(self.measured.peak)
 
     @property
     def needed(self) -> int:
-        """The bytes for a step or for loading the base, the larger of the two, with allowances."""
+        """The bytes for a step or for loading the base, whichever is larger, with allowances."""
         loading = self.measured.loading + sum(self._allowances(0).values())
         return max(self.peak + sum(self.allowances.values()), loading)
 
@@ -104,27 +104,30 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether ``needed`` is within the budget; True if there is no budget."""
+        """True if ``needed`` is within the budget, or if there is no budget."""
         return self.budget is None or self.needed <= self.budget
 
     @property
     def flops_per_pair(self) -> float:
-        """FLOPs per pair of the measured forward and backward pass."""
+        """FLOPs of the measured forward and backward pass, divided by its number of pairs."""
         flops = sum(flops * count for (flops, _), count in self.measured.work.items())
         return flops / self.measured.pairs
 
     @property
     def seconds_per_pair(self) -> float | None:
-        """Estimated seconds per pair, from the GPU's data sheet; None on a CPU."""
+        """Seconds per pair, estimated from the GPU's data sheet; None on a CPU."""
         if self.gpu is None:
             return None
         return seconds(self.measured.work, self.measured.sent, self.gpu) / self.measured.pairs
 
     def sentences(self, others: int = 0) -> list[str]:
-        """Return the plan in three lines: memory, memory settings, time."""
+        """Return the plan as three lines for the user: memory, memory settings, and largest pass.
+
+        ``others``: bytes of the GPU that other processes use.
+        """
         step, pair_seconds = self.measured, self.seconds_per_pair
         memory = (
-            f"{gib(self.needed)} of {gib(self.budget or 0)} needed, {gib(self.peak)} in tensors"
+            f"{gib(self.needed)} needed of {gib(self.budget or 0)} ({gib(self.peak)} for tensors)"
         )
         if others:
             memory += f"; other processes use {gib(others)}"
@@ -141,7 +144,7 @@ class MemoryPlan:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as values for JSON, in bytes and seconds."""
+        """Return the plan as a dict for JSON. Sizes are in bytes, and times in seconds."""
         return {
             "fits": self.fits,
             "budget_bytes": self.budget,
@@ -161,7 +164,7 @@ class MemoryPlan:
 
 
 class Planner:
-    """Plans one recipe for any budget. Extrapolations are made when needed, and kept."""
+    """Plans one recipe for any budget. Each extrapolation is made once, when it is first needed."""
 
     def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str) -> None:
         self.recipe, self.config, self.triples, self.kind = recipe, config, triples, kind
@@ -171,14 +174,14 @@ class Planner:
 
     @cached_property
     def planned(self) -> PlannedRoute:
-        """The route of pairs through this model."""
+        """The predicted route of pairs through the model."""
         return find_route(self.recipe, self.config, self.triples, self.kind)
 
     @cached_property
     def _whole(self) -> tuple[int, int, int]:
         """(bytes on the device in all steps, bytes of the input embedding, bytes while loading).
 
-        The second number is 0 if the embedding is tied: then it cannot move to host memory.
+        The second number is 0 for a tied embedding, because it cannot move to host memory.
         """
         on_device = self.recipe.with_memory({"embedding_on_cpu": False})
         dtype = choose_dtype(on_device.model.dtype, self.kind)
@@ -189,9 +192,9 @@ class Planner:
         return sum(resident.values()), embedding, loading_bytes(model, resident)
 
     def choices(self) -> list[dict[str, Any]]:
-        """Return all choices of memory settings, the simplest first.
+        """Return the combinations of memory settings to try, without ``activation_checkpointing``.
 
-        A choice does not include the number of checkpointed layers.
+        The simplest combinations come first. The last one is :meth:`smallest_settings`.
         """
         memory, longest = self.recipe.memory, self.longest
         # A step has no more tokens than this. A higher limit would change nothing.
@@ -215,7 +218,7 @@ class Planner:
         return [*found, self.smallest_settings()]
 
     def smallest_settings(self) -> dict[str, Any]:
-        """Return the memory settings that need the least memory."""
+        """Return the settings that need the least memory, without ``activation_checkpointing``."""
         memory = self.recipe.memory
         smallest: dict[str, Any] = {
             "head_chunk": SMALL_CHUNK,
@@ -233,7 +236,7 @@ class Planner:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest pair on the planned route."""
+        """Tokens of the longest pair. With the route "shared", the common prefix counts once."""
         return self._longest(1)
 
     def _longest(self, count: int) -> int:
@@ -246,7 +249,7 @@ class Planner:
     def _amounts(self, *, partly: bool = False) -> list[int]:
         """Return the possible numbers of un-checkpointed layers.
 
-        ``partly`` excludes the number of all layers.
+        If ``partly``, at least one layer is checkpointed.
         """
         amount = self.recipe.memory.activation_checkpointing
         if amount == "auto":
@@ -256,7 +259,7 @@ class Planner:
         return [kept for kept in amounts if kept < self.layers or not partly]
 
     def extrapolation(self, choice: Mapping[str, Any]) -> LayerExtrapolation:
-        """Return the extrapolation of a choice. The embedding's device does not change it."""
+        """Return the extrapolation for a choice. It does not depend on ``embedding_on_cpu``."""
         known = self._extrapolations.get(_step_key(choice))
         if known is not None:
             return known
@@ -288,7 +291,7 @@ class Planner:
         return found
 
     def fastest_settings(self, budget: int | None, gpu: Gpu | None) -> dict[str, Any] | None:
-        """Return the fastest memory settings that fit by extrapolation; None if nothing fits."""
+        """Return the fastest settings that fit by extrapolation; None if no settings fit."""
         fastest: dict[str, Any] | None = None
         fastest_time = math.inf
         for choice in self.choices():
@@ -309,7 +312,7 @@ class Planner:
     def _most_kept(
         self, choice: Mapping[str, Any], budget: int | None, gpu: Gpu | None
     ) -> int | None:
-        """Return the most un-checkpointed layers that fit; None if the choice does not fit."""
+        """Return the largest number of kept layers that fits; None if no number fits."""
         most = None
         for kept in self._amounts():
             if budget is None or self._needed(choice, kept, gpu) <= budget:
@@ -321,7 +324,7 @@ class Planner:
     def _is_slower(
         self, choice: Mapping[str, Any], fastest: float, budget: int | None, gpu: Gpu | None
     ) -> bool:
-        """Return True if a lower bound of a choice's seconds per token reaches ``fastest``."""
+        """Return True if a choice cannot be faster than ``fastest`` seconds per token."""
         found, amounts = self.extrapolation(choice), self._amounts()
         untiled = found.untiled
         if math.isinf(fastest) or not untiled:
@@ -339,7 +342,7 @@ class Planner:
         )
 
     def run(self, settings: Mapping[str, Any], budget: int | None, gpu: Gpu | None) -> MemoryPlan:
-        """Measure a step with these settings and all layers, and return the plan."""
+        """Measure a step of the whole model with these settings, and return the plan."""
         found = measure(
             self.recipe.with_memory(settings),
             self.config,
@@ -351,7 +354,7 @@ class Planner:
         return MemoryPlan(settings, budget, gpu, found, self.recipe.training.full_determinism)
 
     def plan(self, budget: int | None, gpu: Gpu | None) -> MemoryPlan:
-        """Return the fastest plan that fits, measured with all layers.
+        """Return the fastest plan that fits the budget. It is measured with all layers.
 
         If nothing fits, return the plan that needs the least memory.
         """
@@ -369,7 +372,7 @@ class Planner:
         return self.run(smallest, budget, gpu)
 
     def row(self, gpu: Gpu) -> GpuRow:
-        """Return the fastest settings that fit a GPU, with their memory and time."""
+        """Return the row of a GPU: the fastest settings that fit, or else the least bytes."""
         settings = self.fastest_settings(gpu.memory, gpu)
         if settings is None:
             return GpuRow(gpu, None, self.least_bytes(gpu), None)
@@ -380,7 +383,7 @@ class Planner:
         return GpuRow(gpu, settings, self._needed(choice, kept, gpu), pair_seconds)
 
     def least_bytes(self, gpu: Gpu | None) -> int:
-        """Return the bytes that the smallest memory settings need."""
+        """Return the bytes that a run needs with :meth:`smallest_settings`."""
         return self._needed(self.smallest_settings(), min(self._amounts()), gpu)
 
     def _needed(self, choice: Mapping[str, Any], kept: int, gpu: Gpu | None) -> int:
@@ -388,7 +391,7 @@ class Planner:
         return max(self._in_step(choice, step, gpu), self._whole[2] + self._allowances(0, gpu))
 
     def _in_step(self, choice: Mapping[str, Any], step: int, gpu: Gpu | None) -> int:
-        """Return all device bytes during a step. ``step`` counts those of the step alone."""
+        """Return all device bytes during a step. ``step``: bytes of the step's own tensors."""
         whole, embedding, _ = self._whole
         if choice["embedding_on_cpu"]:
             whole -= embedding
@@ -399,7 +402,7 @@ class Planner:
         return sum(allowances(step, gpu, deterministic=deterministic).values())
 
     def changes(self, budget: int, gpu: Gpu | None) -> list[Change]:
-        """Return changes of the recipe that need less memory, and whether each one fits."""
+        """Return changes of the recipe that save memory, and whether the training then fits."""
         recipe, memory = self.recipe, self.recipe.memory
         settings: dict[str, Any] = {
             f"memory.{name}": "auto" for name in PLANNED_SETTINGS if getattr(memory, name) != "auto"
@@ -442,16 +445,16 @@ class Planner:
 
 
 def _step_key(choice: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the values of a choice as a dictionary key, without ``embedding_on_cpu``."""
+    """Return the values of a choice, except for ``embedding_on_cpu``, as a dictionary key."""
     return tuple(value for name, value in sorted(choice.items()) if name != "embedding_on_cpu")
 
 
 def no_plan(name: str, error: Exception) -> ModelError:
-    """Return the error for a model that cannot be planned, with a fix."""
+    """Return the error for a model whose memory cannot be measured on meta."""
     logger.warning("the step could not be measured", exc_info=error)
     return ModelError(
         where=f"model {name}",
-        found=f"its step cannot be measured without weights ({type(error).__name__})",
+        found=f"a training step cannot be measured without weights ({type(error).__name__})",
         fix="set the memory.* keys in the recipe; the training uses their values unchanged",
     )
 
@@ -461,7 +464,8 @@ def fit(
 ) -> MemoryPlan:
     """Return the fastest plan within ``budget`` bytes.
 
-    If nothing fits, raise :class:`FitError` with the changes that would help.
+    Raises:
+        FitError: nothing fits. Its fix lists the changes of the recipe that would fit.
     """
     planner = Planner(recipe, config, triples, kind)
     plan = planner.plan(budget, gpu)
@@ -471,8 +475,8 @@ def fit(
 
 
 def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
-    """Return the error for a plan that does not fit, with each change that would fit."""
-    found = f"the smallest step needs {gib(plan.needed)}, and the budget is {gib(plan.budget or 0)}"
+    """Return the error for a plan that does not fit. Its fix lists the changes that would fit."""
+    found = f"at least {gib(plan.needed)} are needed, and the budget is {gib(plan.budget or 0)}"
     lines = []
     for change in changes:
         keys = " ".join(f"{key}={to_text(value)}" for key, value in change.keys.items())
@@ -482,10 +486,10 @@ def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
         )
     useful = [line for line, change in zip(lines, changes, strict=True) if change.fits]
     if useful:
-        first = "one of these; keys other than memory.* change what is trained:"
+        first = "set one of these; keys other than memory.* change the trained model:"
     else:
         useful = lines[-1:]
-        first = "another base, or a GPU with more memory; no single change is enough"
+        first = "use another base, or a GPU with more memory; no single change is enough"
     text = "\n    ".join([first, *useful])
     fitting = [change.keys for change in changes if change.fits]
     return FitError(

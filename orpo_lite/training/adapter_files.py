@@ -1,4 +1,4 @@
-"""Make the files next to an adapter's weights: tokenizer, chat templates, generation config."""
+"""Make the files that are saved with an adapter: tokenizer, chat template, generation config."""
 
 import copy
 from pathlib import Path
@@ -15,10 +15,11 @@ SAMPLE_TEXT = "Is this the same text, in 2 or 3 words?\n"
 
 
 def make_adapter_files(inputs: Inputs) -> tuple[dict[str, bytes], str]:
-    """Return the content of each file in ``adapter/`` by name, and a note or "".
+    """Return tokenizer files and generation config as {name: content}, and a note.
 
-    The note is about the generation config. The files are made before the training. The saved
-    tokenizer is loaded and tried, so that errors show before the training too.
+    The files are for the folder ``adapter/``. The note says why the base's generation config is not
+    used; it is "" if the config is used. This function is called before the training, and it loads
+    and tries the saved tokenizer, so that errors are found early.
 
     Raises:
         ModelError: transformers cannot save the tokenizer, or the saved tokenizer gives other
@@ -40,8 +41,8 @@ def make_adapter_files(inputs: Inputs) -> tuple[dict[str, bytes], str]:
                 where=f"tokenizer in {inputs.base.path}",
                 found=found,
                 expected="a tokenizer that can be saved with the adapter",
-                fix="replace the tokenizer's files by the tokenizer.json and tokenizer_config.json "
-                "that the installed version of transformers writes",
+                fix="replace the tokenizer's files by a tokenizer.json and a tokenizer_config.json "
+                "that the installed version of transformers has written",
             )
         (folder / GENERATION_CONFIG).write_text(
             to_json(with_ends(config, inputs.end_id, inputs.pad_id)), "utf-8"
@@ -67,8 +68,9 @@ def _with_templates(inputs: Inputs) -> Any:
     """Return the tokenizer with the chat template of the training.
 
     If the base has named templates (for instance ``tool_use``, ``rag``), they are kept. If texts
-    began with the bos token in training, it is added to each template that does not write it. A
-    server renders the template and adds no token, so the bos token would be missing otherwise.
+    began with the bos token in training, the token is added to each template that does not write
+    it. Otherwise the token would be missing when a server renders a template, because servers add
+    no tokens.
     """
     tokenizer = copy.copy(inputs.tokenizer)
     template, own = tokenizer.chat_template, load_tokenizer(inputs.base.path).chat_template

@@ -1,8 +1,8 @@
 """Save and load checkpoints. A resumed run gives the same bits as a run without interruption.
 
 A checkpoint holds safetensors and JSON files, and a manifest with the sha256 of each file. It holds
-no state of a random generator and no position in the data, because the number of finished steps is
-enough. The data order depends only on (seed, epoch). Dropout is seeded from (seed, step,
+no state of a random generator and no position in the data. Both follow from the number of finished
+steps: the data order depends only on (seed, epoch), and dropout is seeded from (seed, step,
 micro-batch, process).
 """
 
@@ -44,7 +44,7 @@ def save(run: Path, model: PairModel, optimizer: torch.optim.Optimizer, state: T
 
 
 def find_newest(run: Path) -> tuple[Path, list[str]]:
-    """Return the newest valid checkpoint, and the fault of each newer checkpoint.
+    """Return the newest valid checkpoint, and the faults of newer checkpoints.
 
     Raises:
         CheckpointError: there is no valid checkpoint. A run never restarts silently.
@@ -58,7 +58,7 @@ def find_newest(run: Path) -> tuple[Path, list[str]]:
     raise CheckpointError(
         where=f"run {run}",
         found="no valid checkpoint" + "".join(f"; {fault}" for fault in faults),
-        expected="a checkpoint to resume from",
+        expected="a valid checkpoint from which the run can resume",
         fix="train again with another training.output_dir",
     )
 
@@ -75,7 +75,7 @@ def find_step(run: Path, step: int) -> Path:
 
 
 def find_fault(folder: Path) -> str | None:
-    """Compare a checkpoint with its manifest. Return what is wrong, or None."""
+    """Compare a checkpoint with its manifest. Return what is wrong; None if nothing is wrong."""
     try:
         expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         found = _hashes(folder)
@@ -90,7 +90,11 @@ def find_fault(folder: Path) -> str | None:
 
 
 def restore(folder: Path, model: PairModel, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Load a valid checkpoint and return its state. Raises CheckpointError."""
+    """Load adapter and optimizer from a valid checkpoint, and return the training state.
+
+    Raises:
+        CheckpointError: state.json cannot be read.
+    """
     state = read_state(folder)
     load_adapter(folder, model)
     _restore_optimizer(optimizer, load_file(folder / OPTIMIZER), state.optimizer)
@@ -98,12 +102,12 @@ def restore(folder: Path, model: PairModel, optimizer: torch.optim.Optimizer) ->
 
 
 def read_state(folder: Path) -> TrainState:
-    """Return the training state that a valid checkpoint stores. Raises CheckpointError."""
+    """Return the training state in a checkpoint. Raises CheckpointError if it is unreadable."""
     return TrainState.from_json(read_json(folder / STATE), str(folder / STATE))
 
 
 def load_adapter(folder: Path, model: PairModel) -> None:
-    """Load only the adapter of a valid checkpoint."""
+    """Load the adapter of a valid checkpoint into the model, but nothing else."""
     set_adapter(model, load_file(folder / ADAPTER))
 
 
@@ -175,9 +179,9 @@ def _name(step: int) -> str:
 
 
 def _rotate(run: Path, best_step: int | None) -> None:
-    """Remove old checkpoints. The newest KEPT_CHECKPOINTS valid ones and the best one are kept.
+    """Remove old checkpoints. Keep the newest KEPT_CHECKPOINTS valid ones, and the best one.
 
-    An invalid checkpoint that is newer than these is kept too.
+    Invalid checkpoints are kept too if they are newer than the oldest of these valid ones.
     """
     best = None if best_step is None else _name(best_step)
     valid = 0

@@ -25,13 +25,13 @@ MAX_ROWS = 8  # maximum number of pairs that a note names
 
 
 def shrink_memory(session: Session, batch: Sequence[TokenizedPair]) -> dict[str, Any]:
-    """Return settings of ``memory`` with which the step needs less memory.
+    """Return new ``memory`` settings for a step that ran out of memory.
 
-    First, micro-batches become smaller. If each is a single pair already, all layers are
-    checkpointed.
+    The micro-batches become smaller. If each micro-batch has only one pair already, all layers are
+    checkpointed instead.
 
     Raises:
-        FitError: each micro-batch is a single pair already, and all layers are checkpointed.
+        FitError: each micro-batch has only one pair, and all layers are checkpointed already.
     """
     recipe, model = session.recipe, session.pair_model
     memory = recipe.memory
@@ -63,8 +63,8 @@ def _out_of_memory(
 ) -> FitError:
     """Return the error of a run that is out of memory.
 
-    Its fix is to resume with more memory-saving settings: those that the run does not use yet, and
-    the settings in ``smaller``.
+    The error's fix is to resume with more memory-saving settings. These are the settings that the
+    run does not use yet, and the settings in ``smaller``.
     """
     saving = {"checkpoint_offload": True, "mlp_tile": 512, "embedding_on_cpu": True}
     if getattr(config.get_text_config(), "tie_word_embeddings", False):
@@ -114,9 +114,9 @@ def report_not_finite(
 def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
     """Turn errors that torch raises inside the ``with`` block into errors with a fix.
 
-    If ``training.full_determinism`` is set, only deterministic kernels run inside the block. An
-    operation without a deterministic kernel raises an error. A warning would not be enough, because
-    with warnings FlashAttention's backward pass is still non-deterministic (torch, Context.h).
+    If ``training.full_determinism`` is set, only deterministic kernels run inside the block, and an
+    operation without a deterministic kernel raises an error. torch can also warn instead, but then
+    FlashAttention's backward pass is still non-deterministic (torch, Context.h).
     """
     deterministic = recipe.training.full_determinism
     if deterministic:
@@ -147,14 +147,14 @@ def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
 WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CUDA_LAUNCH_BLOCKING": "0"}
 """Environment variables with which cuBLAS is deterministic (cuBLAS, "Results Reproducibility").
 
-With transformers' values, cuBLAS has 8 workspaces of 16 KiB and can use only slow kernels, and the
-host waits for each kernel. Results are also deterministic with 8 workspaces of 4 MiB and without
-waiting.
+transformers sets other values. With them, cuBLAS has 8 workspaces of 16 KiB and can use only slow
+kernels, and the host waits for each kernel. With the values here, cuBLAS has 8 workspaces of 4 MiB
+and the host does not wait. The results are deterministic too.
 """
 
 
 def _make_deterministic(seed: int) -> None:
-    """Make torch use only deterministic kernels. Environment variables that are set are kept."""
+    """Make torch use only deterministic kernels. Environment variables already set are kept."""
     given = {name: os.environ[name] for name in WORKSPACES if name in os.environ}
     enable_full_determinism(seed)
     os.environ.update(WORKSPACES | given)

@@ -22,8 +22,8 @@ def train_steps(
 ) -> Generator[Update, None, None]:
     """Train from ``state`` until the last step, an early stop or a signal. Yield updates.
 
-    A step depends only on the recipe, the data, the step's number and the state that a checkpoint
-    stores.
+    The result of a step depends only on the recipe, the data, the step's number and the state that
+    a checkpoint stores.
 
     Args:
         session: the objects that all steps share.
@@ -61,8 +61,8 @@ def train_steps(
         if is_exhausted(session.recipe, state):
             yield Update(
                 "note",
-                f"stopped early: {state.worse_in_a_row} evaluations in a row without a lower "
-                "held-out loss (training.early_stopping_patience)",
+                "stopped early: training.early_stopping_patience is reached (evaluations in a row "
+                f"without a lower held-out loss: {state.worse_in_a_row})",
             )
             return
         batch = session.batch(state.step)
@@ -74,8 +74,8 @@ def train_steps(
             settings = " ".join(f"memory.{key}={value}" for key, value in state.memory.items())
             yield Update(
                 "note",
-                f"out of memory at step {state.step + 1}: the step is repeated, and the run "
-                f"continues, with {settings}",
+                f"out of memory at step {state.step + 1}: the step is repeated with {settings}; "
+                "the steps that follow use these settings too",
             )
             continue
         processes.on_main(append_metrics, session.path, {"step": state.step, **metrics})
@@ -87,8 +87,8 @@ def train_steps(
 def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None, None]:
     """Evaluate on the held-out pairs, if there are any, and record the results. Yield updates.
 
-    The metrics are written to metrics.jsonl and to ``state``, which also records the best step. The
-    scores of each pair are written to pair_scores.jsonl.
+    The metrics are written to metrics.jsonl and to ``state``. If this step is the best so far,
+    ``state`` records this too. The scores of each pair are written to pair_scores.jsonl.
     """
     inputs = session.inputs
     batches = evaluate(
@@ -115,6 +115,10 @@ def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None
 
 
 def is_exhausted(recipe: Recipe, state: TrainState) -> bool:
-    """Return whether ``training.early_stopping_patience`` evaluations did not improve the loss."""
+    """Return whether the training must stop early.
+
+    It must if the held-out loss has not become lower in ``training.early_stopping_patience``
+    evaluations in a row.
+    """
     patience = recipe.training.early_stopping_patience
     return patience is not None and state.worse_in_a_row >= patience

@@ -1,4 +1,4 @@
-"""Save the adapter of a training, and return its result."""
+"""Save the adapter after a training, and define the result that a training returns."""
 
 import copy
 from collections.abc import Generator, Mapping
@@ -27,7 +27,7 @@ class TrainResult:
     run: Path
     """The run folder."""
     steps: int
-    """Optimizer steps."""
+    """Number of optimizer steps that were taken."""
     seconds: float
     """Time for loading, training and answering prompts."""
     before: Mapping[str, float]
@@ -43,7 +43,10 @@ class TrainResult:
 
 
 def keep_best(session: Session, state: TrainState) -> Generator[Update, None, int]:
-    """Save the adapter of the best checkpoint or of the last step. Yield notes; return the step."""
+    """Save the adapter of the best step or the last step. Yield notes; return the saved step.
+
+    The best step is used if ``training.load_best_model_at_end`` is set and its checkpoint is valid.
+    """
     kept, path = state.step, session.path
     if session.recipe.training.load_best_model_at_end and state.best_step is not None:
         try:
@@ -78,7 +81,7 @@ def save_adapter(folder: Path, model: PairModel) -> None:
 
 
 def write_adapter_config(folder: Path, model: PairModel, base: str) -> None:
-    """Write adapter_config.json, peft's configuration of the adapter, before the training."""
+    """Write adapter_config.json, the adapter's configuration for peft, before the training."""
     wrapped: Any = model.model
     config = copy.copy(wrapped.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True

@@ -1,4 +1,4 @@
-"""Define a session: a training in memory, which is loaded, restored and saved here."""
+"""Define a session: the objects of a training in memory. Load, restore and save a session."""
 
 import math
 from collections.abc import Generator, Mapping
@@ -33,7 +33,7 @@ from orpo_lite.updates import Update
 
 @dataclass
 class Session:
-    """The objects that all steps of a training share. Only ``recipe`` is replaced."""
+    """The objects that all steps of a training share. Only ``recipe`` may be replaced."""
 
     recipe: Recipe
     """Its section ``memory`` changes when a step runs out of memory."""
@@ -51,11 +51,11 @@ class Session:
     trained: list[torch.nn.Parameter] = field(init=False)
     """The parameters of the adapter."""
     per_epoch: int = field(init=False)
-    """Steps in one pass over the training pairs."""
+    """Number of steps in one pass over the training pairs."""
     steps: int = field(init=False)
-    """Steps of the whole training."""
+    """Number of steps in the whole training."""
     eval_every: int = field(init=False)
-    """Steps from one evaluation to the next."""
+    """Number of steps from one evaluation to the next."""
 
     def __post_init__(self) -> None:
         settings = self.recipe.training
@@ -103,14 +103,13 @@ class Session:
 def load_session(
     recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, stop: list[int]
 ) -> Generator[Update, None, Session]:
-    """Load the model, compare the fast step with the model's own code, make the optimizer.
+    """Load the model, compare the fast step with the model's own code, and make the optimizer.
 
-    Yields:
-        Updates; the session is returned at the end.
+    Yields updates and returns the session.
 
     Raises:
         FitError: there is not enough memory or disk space.
-        ModelError: the model cannot be loaded, or the probe finds that it cannot be trained.
+        ModelError: the model cannot be loaded, or the comparison shows that it cannot be trained.
     """
     yield Update("stage", f"loading {inputs.base.name}")
     objective = find_objective(recipe.loss)
@@ -171,7 +170,7 @@ def count_steps(recipe: Recipe, inputs: Inputs) -> int:
 
 
 def refuse_fewer_steps(recipe: Recipe, inputs: Inputs, path: Path) -> None:
-    """Raise CheckpointError if a run has finished more steps than the recipe has now."""
+    """Raise CheckpointError if a run has finished more steps than the recipe now asks for."""
     if not any((path / "checkpoints").glob("step-*")):
         return
     folder, _ = checkpoint.find_newest(path)
@@ -180,7 +179,7 @@ def refuse_fewer_steps(recipe: Recipe, inputs: Inputs, path: Path) -> None:
         key = "training.max_steps" if recipe.training.max_steps > 0 else "training.num_train_epochs"
         raise CheckpointError(
             where=f"run {path}, {folder.name}",
-            found=f"{done} steps are done, but {key} asks for {steps} in all",
+            found=f"{done} steps are done, but {key} asks for a total of {steps}",
             expected=f"at least {done} steps",
             fix=resume_command(path, {"training.max_steps": done}),
         )
@@ -191,9 +190,9 @@ def restore_session(
 ) -> Generator[Update, None, TrainState]:
     """Load the newest valid checkpoint. Yield notes; return the state.
 
-    The state is that of the checkpoint, or a new one if the run has no checkpoint. If the run has
-    changed settings of ``memory`` because it ran out of memory, they are applied again. Settings in
-    ``changed``, which a person set to resume the run, are not overwritten.
+    If the run has no checkpoint, the state is new. If the run changed ``memory`` settings because
+    it ran out of memory, these changes are applied again. But settings in ``changed`` are not
+    overwritten, because a person has set them for resuming.
 
     Raises:
         CheckpointError: the run has checkpoints, but none is valid.
@@ -202,7 +201,7 @@ def restore_session(
     if any((session.path / "checkpoints").glob("step-*")):
         folder, faults = checkpoint.find_newest(session.path)
         for fault in faults:
-            yield Update("note", f"skipped {fault}")
+            yield Update("note", f"checkpoint {fault}; an older checkpoint is used")
         state = checkpoint.restore(folder, session.pair_model, session.optimizer)
         if session.scaler.is_enabled():
             session.scaler.load_state_dict(state.scaler)

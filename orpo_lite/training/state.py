@@ -28,28 +28,29 @@ class TrainState:
     best_step: int | None = None
     """The step with the lowest held-out loss."""
     best_loss: float | None = None
-    """The held-out loss of that step."""
+    """The held-out loss of the step ``best_step``."""
     worse_in_a_row: int = 0
-    """Evaluations in a row without a lower held-out loss."""
+    """Number of evaluations in a row without a lower held-out loss."""
     before: dict[str, float] = field(default_factory=dict)
     """Held-out metrics before the first step; {} without held-out pairs."""
     after: dict[str, float] = field(default_factory=dict)
-    """Held-out metrics of the best step."""
+    """Held-out metrics of the best step. After the training: of the step whose adapter is kept."""
     latest: dict[str, float] = field(default_factory=dict)
     """Held-out metrics of the last evaluation."""
     bad_in_a_row: int = 0
-    """Steps in a row whose loss or gradient was not finite."""
+    """Number of steps in a row whose loss or gradient was not finite."""
     num_tokens: int = 0
-    """Tokens of all pairs so far: both replies, each with its prompt."""
+    """Number of tokens in all pairs so far. A pair has two replies, each with its prompt."""
     memory: dict[str, Any] = field(default_factory=dict)
     """Settings of ``memory`` that were changed because a step ran out of memory."""
     optimizer: dict[str, Any] = field(default_factory=dict)
-    """Scalars of the optimizer's state, only in a checkpoint. Its tensors are in another file."""
+    """Scalars of the optimizer's state. {} except in a checkpoint, which stores the state's tensors
+    in another file."""
     scaler: dict[str, Any] = field(default_factory=dict)
-    """State of the loss scaler, only in a checkpoint. {} if activations are not float16."""
+    """State of the loss scaler. {} except in a checkpoint if activations are float16."""
 
     def count_step(self, tokens: int, *, finite: bool) -> None:
-        """Count a step on ``tokens`` tokens. ``finite``: whether loss and gradient were finite."""
+        """Count a step on ``tokens`` tokens. ``finite``: were loss and gradient finite?"""
         self.step += 1
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         self.num_tokens += tokens
@@ -75,16 +76,19 @@ class TrainState:
         return True
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields and the version as JSON values."""
+        """Return the content of state.json: the fields and the version number."""
         return {"version": VERSION, **asdict(self)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Self:
-        """Return the state stored in ``value``, JSON values of this version or an earlier one.
+        """Return the state that the content of a state.json describes. Older versions are read too.
+
+        Args:
+            value: the JSON object in the file.
+            where: the file's path, for the error.
 
         Raises:
-            CheckpointError: the version is unknown, or fields are missing or unknown. The error
-                names the file ``where``.
+            CheckpointError: the version is unknown, or fields are missing or unknown.
         """
         values = dict(value)
         version = values.pop("version", 0)
@@ -99,7 +103,7 @@ class TrainState:
             raise CheckpointError(
                 where=where,
                 found=found,
-                expected=f"version {VERSION} or an earlier one",
+                expected=f"the fields of version {VERSION} or of an earlier version",
                 fix="resume with the version of orpo-lite that lock.json names",
             )
         return cls(**values)

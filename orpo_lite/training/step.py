@@ -39,7 +39,7 @@ def take_step(
     """Take one optimizer step on the pairs of ``batch``.
 
     Returns:
-        The step's metrics, and the second result of :func:`update`.
+        The step's metrics, and whether loss and gradients were finite (see :func:`update`).
 
     Raises:
         OutOfMemory: a process ran out of memory. The step can be repeated with smaller
@@ -100,15 +100,15 @@ def accumulate(
         The objective's ``parts`` of the step, summed over micro-batches and processes.
 
     Raises:
-        OutOfMemory: a process, maybe another one, ran out of memory.
+        OutOfMemory: this process or another one ran out of memory.
     """
     divisors, rank = objective.divisors(batch), processes.rank
 
     def run_passes() -> torch.Tensor:
         """Run this process's micro-batches, and return the sum of their parts.
 
-        In a small step, a process may have no micro-batch. This is a function of its own, so that
-        no local variable keeps a tensor in memory after an out-of-memory error.
+        If a step has few pairs, a process may have no micro-batch. This code is a separate function
+        so that no local variable keeps a tensor in memory after an out-of-memory error.
         """
         parts = torch.zeros(len(objective.parts), dtype=torch.float64, device=processes.device)
         # The scaler creates its state at its first call. A process without pairs would make none.
@@ -144,7 +144,10 @@ def accumulate(
 
 
 def seed_dropout(*place: int) -> None:
-    """Seed torch from (seed, step, micro-batch, process). Checkpoints need no generator state."""
+    """Seed torch's random generators from (seed, step, micro-batch, process).
+
+    Because of this, checkpoints need no generator state.
+    """
     digest = hashlib.blake2b(":".join(map(str, place)).encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -156,11 +159,12 @@ def update(
     loss: float,
     max_grad_norm: float,
 ) -> tuple[float, bool]:
-    """Clip the gradients and take the optimizer's step if loss and gradients are finite.
+    """Clip the gradients. If loss and gradients are finite, take the optimizer's step.
 
     Returns:
         The norm of the gradients before clipping, and whether loss and gradients were finite.
-        If the scaled float16 loss overflows, its gradients count as finite.
+        Gradients count as finite if only the scaled float16 loss overflows, because the scaler
+        then skips the step and lowers its scale.
     """
     scaler.unscale_(optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))
@@ -182,8 +186,8 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
     four metrics. A plan predicts only the first:
 
     - ``memory_gib``: peak memory of tensors so far;
-    - ``memory_reserved_gib``: peak memory that torch's allocator took from the driver so far;
-    - ``memory_retries``: number of times the allocator had to free cached memory and try again;
+    - ``memory_reserved_gib``: peak memory that torch's allocator reserved so far;
+    - ``memory_retries``: how often the allocator had to free cached memory and try again;
     - ``memory_free_gib``: memory that is free on the GPU now, for any program.
     """
     if device.type != "cuda":

@@ -1,7 +1,7 @@
 """Send the metrics of a training to trackers, with accelerate's tracker classes.
 
-A remote tracker gets numbers and the recipe, but no text of the data. The report quotes such texts,
-so it is sent only if ``output.send_report`` is set.
+A remote tracker gets numbers and the recipe, but no text of the data. report.html quotes such
+texts, so the report is sent only if ``output.send_report`` is set.
 """
 
 import math
@@ -32,7 +32,7 @@ WANDB_TIMEOUT = 60.0  # seconds, for the start of a run and again for its end
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """Check that each tracker in ``training.report_to`` can be used. Ask for no input.
+    """Check that each tracker in ``training.report_to`` can be used. Never wait for input.
 
     Raises:
         FitError: the package of a tracker is not installed.
@@ -52,7 +52,8 @@ def check_trackers(recipe: Recipe) -> None:
         raise HubError(
             where=f"training.report_to ({recipe.sources['training.report_to']})",
             found=fault,
-            expected="a login, or wandb's offline mode, which keeps the metrics in the run folder",
+            expected="a login to wandb, or its offline mode, which keeps the metrics in the run "
+            "folder",
             fix=Command("wandb login", "; or, for offline mode: export WANDB_MODE=offline"),
         )
 
@@ -81,20 +82,20 @@ def _wandb_mode() -> str:
 
 
 class Trackers:
-    """The trackers of a run. If a tracker fails, it is not used again; the training continues."""
+    """The trackers of a run. If a tracker fails, the training continues without this tracker."""
 
     def __init__(self, recipe: Recipe, path: Path, *, is_main: bool) -> None:
-        """Use the trackers in ``training.report_to``. Outside the main process, use none."""
+        """Use the trackers in ``training.report_to``, but only in the main process."""
         self._recipe, self._path = recipe, path
         self._names = recipe.training.report_to if is_main else []
         self._active: dict[str, Any] = {}
 
     def start(self, state: TrainState, *, resumed: bool) -> Iterator[Update]:
-        """Start the trackers. Yield a note on each: how to open it, or why it failed.
+        """Start the trackers. Yield a note for each tracker: how to open it, or why it failed.
 
-        If the run is ``resumed`` after ``state.step``, the run in each tracker continues.
-        tensorboard then deletes the values of that step and of later steps, so the rows of that
-        step in metrics.jsonl are logged again.
+        If the run is ``resumed`` after ``state.step``, the run in each tracker continues. In this
+        case tensorboard deletes the values of ``state.step`` and of later steps. Therefore the rows
+        of ``state.step`` in metrics.jsonl are logged to tensorboard again.
         """
         config = {
             key: value if isinstance(value, bool | int | float | str) else to_text(value)
@@ -118,7 +119,7 @@ class Trackers:
                     yield from self._call_one("tensorboard", _log, row)
 
     def follow(self, updates: Generator[Update, None, Result]) -> Generator[Update, None, Result]:
-        """Yield the updates of a training and return its result; log all metrics in the updates."""
+        """Yield a training's updates and log their metrics. Return the training's result."""
         if not self._active:
             return (yield from updates)
         try:
@@ -142,7 +143,7 @@ class Trackers:
                 yield from self._call_one(name, send, file)
 
     def finish(self) -> None:
-        """End the runs in the trackers. Errors are only logged."""
+        """End the runs in the trackers. An error is logged but not raised."""
         for name in [*self._active]:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
                 for _ in self._call_one(name, lambda tracker: tracker.finish()):
@@ -181,13 +182,13 @@ class Trackers:
         return str(read_json(file, {"id": str})["id"])
 
     def _place(self, name: str) -> str:
-        """Return the command or the URL that opens the tracker."""
+        """Return a text that gives the command or the URL that opens the tracker."""
         if name == "tensorboard":
-            return f"tensorboard --logdir {self._path / name}"
+            return f"to open it, run tensorboard --logdir {self._path / name}"
         if name == "trackio":
-            return f"trackio show --project {_project(name)}"
+            return f"to open it, run trackio show --project {_project(name)}"
         url = self._active[name].tracker.url
-        return str(url or f"offline, in {self._path / 'wandb'}; send it with wandb sync")
+        return str(url or f"offline, in {self._path / 'wandb'}; to send the run, use wandb sync")
 
     def _call(self, function: Callable[..., object], *args: Any) -> Iterator[Update]:
         """Call ``function`` with each tracker and the arguments."""

@@ -80,7 +80,7 @@ def test_wrong_attention_is_a_fault_only_where_it_is_used(monkeypatch: pytest.Mo
     assert found["flash_cpu"].state == "fault"
     assert found["sdpa"].state == "warning"
     assert "no kernel image is available" in found["sdpa"].found
-    assert found["right"].found == "right on cpu: maths"
+    assert found["correct"].found == "correct on cpu: maths"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_the_rights_of_the_token_are_told_and_not_the_token(
     hub.grant(role)
     reached, rights = check_hub()
     assert (reached.state, rights.state) == ("ok", state)
-    assert rights.found == f"of someone, with {role} access"
+    assert rights.found == f"belongs to someone, with {role} access"
     assert token not in str((reached, rights))
     monkeypatch.delenv("HF_TOKEN")
     assert [check.state for check in check_hub()] == ["ok", "ok"]

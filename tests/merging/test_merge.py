@@ -356,7 +356,7 @@ def test_an_adapter_with_another_base_s_embedding_is_not_trained(
     """peft saves an adapted embedding whole, and would put it in the place of the base's own."""
     folder = write_adapter(workspace / "given", target_modules=["embed_tokens"])
     write_base(workspace / "base", tiny_llama(99, initializer_range=0.1))
-    with pytest.raises(ModelError, match="holds other weights in model"):
+    with pytest.raises(ModelError, match=r"its copy of model.* differs from this base"):
         train_all(small_recipe(f"model.adapter_name_or_path={folder}"))
 
 
@@ -400,7 +400,7 @@ def test_a_base_whose_files_lack_what_is_adapted_is_not_trained(
         metadata={"format": "pt"},
     )
     with pytest.raises(
-        ModelError, match=r"1 adapted parameters are not in the base's files \(model.layers.1"
+        ModelError, match=r"the base's files lack 1 of the adapted parameters \(model.layers.1"
     ):
         train_all(small_recipe())
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -523,7 +523,7 @@ def test_an_adapter_that_changes_nothing_is_refused(scale: float, tmp_path: Path
         {key: t * (scale if "lora_B" in key else 1) for key, t in load_file(file).items()}, file
     )
     with pytest.raises(
-        ModelError, match="changes nothing: none of its 14 matrices differs after rounding"
+        ModelError, match="changes nothing: after rounding, 14 of 14 adapted matrices are equal"
     ):
         merge(path)
     assert not [entry for entry in path.iterdir() if "merged" in entry.name]
@@ -570,7 +570,8 @@ def test_a_layer_that_is_lacking_and_numbers_that_are_none_are_refused(tmp_path:
     whole = load_file(file)
     save_file({key: tensor for key, tensor in whole.items() if "layers.0.mlp" not in key}, file)
     with pytest.raises(
-        ModelError, match=r"lacks 3 of the layers that it should have \(model.layers.0.mlp"
+        ModelError,
+        match=r"lacks 3 of the layers that its configuration selects \(model.layers.0.mlp",
     ):
         merge(path)
     next(tensor for key, tensor in whole.items() if "lora_B" in key)[0, 0] = float("nan")

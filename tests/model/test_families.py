@@ -413,7 +413,7 @@ def test_a_model_that_changes_its_weights_is_refused_with_what_keeps_them(every:
     if every:
         with pytest.raises(ModelError, match="its forward pass changes its weights") as raised:
             probe(model, 128)
-        assert raised.value.fix == "set rescale_every to 0 in its config.json"
+        assert raised.value.fix == "set rescale_every to 0 in the model's config.json"
     else:
         probe(model, 128)
 

@@ -264,7 +264,7 @@ def test_weights_that_are_missing_are_never_left_random(llama: Path, tmp_path: P
     lost = "model.layers.1.mlp.up_proj.weight"
     rewrite_weights(folder, lambda tensors: tensors.pop(lost))
     with pytest.raises(
-        ModelError, match=r"1 weights are missing .*model.layers.1.mlp.up_proj.weight"
+        ModelError, match=r"weights that are missing .*: 1 .*model.layers.1.mlp.up_proj.weight"
     ):
         load(folder)
 
@@ -681,7 +681,7 @@ def test_a_layer_whose_weight_other_code_takes_stays_as_it_is(tmp_path: Path, ca
     assert [
         note
         for note in model.notes
-        if note.startswith("not in 4 bit and not adapted") and min(expected) in note
+        if note.startswith("layers that are not in 4 bit") and min(expected) in note
     ]
     loss, gradients = step(model, some_batch())
     assert math.isfinite(loss)

@@ -20,8 +20,8 @@ def test_the_kernels_of_a_gpu_are_tried(
 ) -> None:
     monkeypatch.setattr(simulated_cuda, "capability", capability)
     (product,) = check_four_bit()
-    assert f"right on cuda, {dtype}" in product.found
-    assert [check.found for check in check_attention()] == [f"right on cuda: {used}"]
+    assert f"correct on cuda, {dtype}" in product.found
+    assert [check.found for check in check_attention()] == [f"correct on cuda: {used}"]
     checks = [*check_device(), *check_host_memory()]
     assert dtype in checks[1].found
     assert [check.name for check in checks if check.state == "fault"] == []
