@@ -595,7 +595,9 @@ def test_an_entry_that_cannot_be_read_again(
     small_recipe: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "load", lambda _: None)
-    with pytest.raises(FitError, match="the tokens that were written cannot be read"):
+    with pytest.raises(
+        FitError, match="tokens were written to this folder, but they cannot be read"
+    ):
         sides(small_recipe())
 
 

@@ -61,7 +61,7 @@ def load_hub_dataset(
 ) -> HubSource:
     """Return the source of a split, downloaded from the hub or read from the cache.
 
-    ``key``: the setting that names the split. Raises HubError.
+    ``key``: the setting that names the split, for the fixes of errors. Raises HubError.
     """
     import datasets  # takes a second to import, and local files do not need it
 

@@ -207,18 +207,18 @@ def test_a_known_column_that_cannot_be_read_is_not_left_out_unsaid(
         (
             {**TEXTS, "about": bot("x")},
             {"system": "about"},
-            "about should be system, but holds message",
+            "about is mapped to system, but holds message",
         ),
-        ({**TEXTS, "n": 3}, {"history": "n"}, "n should be history, but holds number"),
+        ({**TEXTS, "n": 3}, {"history": "n"}, "n is mapped to history, but holds number"),
         (
             {"prompt": Q, "responses": ["Blue.", "Seven."], "scores": [9, 1]},
             {"completions": "scores", "scores": "responses"},
-            "scores should be completions, but holds numbers",
+            "scores is mapped to completions, but holds numbers",
         ),
         (
             {"prompt": Q, "responses": ["a", "b"], "n": [True]},
             {"scores": "n"},
-            "n should be scores, but holds",
+            "n is mapped to scores, but holds",
         ),
     ],
 )
