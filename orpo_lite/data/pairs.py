@@ -56,7 +56,7 @@ class Drops:
         self.places: dict[str, list[str]] = {}
 
     def add(self, reason: str, where: str) -> None:
-        """Count one pair that is left out for this reason. ``where``: the place of its row."""
+        """Count one pair that is left out for ``reason``. ``where``: the place of its row."""
         self.counts[reason] += 1
         if self.counts[reason] <= MAX_PLACES:
             self.places.setdefault(reason, []).append(where)
@@ -442,7 +442,7 @@ class PairReader:
         )
 
     def _is_only_here(self, source: Source, columns: Mapping[str, str]) -> bool:
-        """Return whether these columns have standard names and no other dataset has any of them."""
+        """Return whether these columns have standard names that no other dataset has."""
         if not all(plain_name(column) == ours for ours, column in columns.items()):
             return False
         others = (other for other in self.sources if other is not source)

@@ -82,7 +82,7 @@ def _with_dropped(fault: DataError, facts: Mapping[str, Any]) -> DataError:
     rows = f"{sum(dropped.values()):,} of {facts['rows_read']:,} rows were left out"
     return DataError(
         where="data",
-        found=f"{rows}: {'; '.join(reasons)}. After that, {fault.found}",
+        found=f"{rows}: {'; '.join(reasons)}. For the other rows: {fault.found}",
         expected=fault.expected,
         fix=reworded(fault.fix, f"correct these rows; or {fault.fix}"),
     )

@@ -155,8 +155,8 @@ def hold_out(
     if len(held) == len(ranked):
         raise DataError(
             where="data.test_split_size",
-            found=f"a size of {size:g} holds out all {len(pairs)} pairs (different prompts: "
-            f"{len(ranked)}) and leaves none to train on",
+            found=f"a size of {size:g} holds out every pair (pairs: {len(pairs)}, different "
+            f"prompts: {len(ranked)}) and leaves none to train on",
             expected="a size that leaves some prompts to train on",
             fix=Overrides({"data.test_split_size": 0}, ", or use more pairs"),
         )

@@ -458,7 +458,7 @@ BAD_DATA: dict[str, tuple[str, list[str], list[str]]] = {
     "missing field in one row": (
         rows(GOOD) + '{"prompt": "a", "chosen": "b"}\n',
         [],
-        ["1 of 2 rows were left out", "pairs.jsonl:2, field rejected: missing", "After that, holding out 0.2 of 1 pairs"],
+        ["1 of 2 rows were left out", "pairs.jsonl:2, field rejected: missing", "For the other rows: a size of 0.2 holds out every pair"],
     ),
     "numbers for texts": (
         rows(*[GOOD] * 5, *[("a", 5, "c")] * 4),

@@ -203,7 +203,7 @@ class ColumnProfile:
         return found or [self.reply_columns[name] for name in names if name in self.reply_columns]
 
     def column_named(self, name: str) -> str:
-        """Return the first column with this name; the name itself if there is none."""
+        """Return the first column with this name, or the name itself if there is no such column."""
         if name in self.types:
             return name
         found = self.columns_named(name)
@@ -314,7 +314,7 @@ class ColumnProfile:
         return self.type_of(other) != "missing" and not self._differ(one, other)
 
     def _differ(self, one: str, other: str) -> bool:
-        """Return whether two columns differ in some row. Spaces around a text are ignored."""
+        """Return whether two columns differ in any row. Spaces around a text are ignored."""
         return any(a != b and str(a).strip() != str(b).strip() for a, b in self.values(one, other))
 
     def templated(self) -> list[str]:
@@ -488,8 +488,9 @@ def refuse_templated(
     elif not raw and not any(begins_templated(value) for value in values):
         markers = Counter(marker for value in values if (marker := end_marker(value)))
         fix = (
-            f"remove {' and '.join(markers)} from the ends of {join_names(*columns)}: the model's "
-            "own marker is added there; or data.chat_template=none to train on the unchanged texts"
+            f"remove {' and '.join(markers)} from the end of the texts in {join_names(*columns)}, "
+            "because orpo-lite adds the model's own marker; or data.chat_template=none to train on "
+            "the unchanged texts"
         )
     raise DataError(
         where="data.chat_template",

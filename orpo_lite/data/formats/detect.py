@@ -170,7 +170,7 @@ def _make_reader(profile: ColumnProfile, name: str, replies: Sequence[str]) -> R
 def _is_doubled(profile: ColumnProfile, name: str, read: Reader) -> bool:
     """Return whether both replies begin with the prompt in nearly all rows.
 
-    Raises DataError if they do in some rows and not in others.
+    Raises DataError if only some rows repeat it, or if often only one reply does.
     """
     rests = [
         texts_after_prompt(pair) for pair in _readable_pairs(profile, read) if pair.drop is None
@@ -335,7 +335,7 @@ def _ranked(profile: ColumnProfile, *, requested: bool = False) -> Found:
         measure = _find_scores(profile, completions)
         reason = (
             f"{join_names(completions)} is a list of texts and "
-            f"{join_names(measure)} is a list of their numbers"
+            f"{join_names(measure)} is a list of their scores or ranks"
         )
     else:
         measure = _find_measure(profile, completions)
@@ -345,7 +345,7 @@ def _ranked(profile: ColumnProfile, *, requested: bool = False) -> Found:
 
 
 def _find_scores(profile: ColumnProfile, completions: str) -> str:
-    """Return the column with the scores or ranks of texts. Raises DataError unless there is one."""
+    """Return the column with the answers' scores or ranks. Raises DataError unless one is clear."""
     wanted = [name for name in ("scores", "ranks") if name in profile.mapped]
     wanted = wanted or ["scores", "ranks"]
     columns = [column for name in wanted if (column := profile.find(name))]

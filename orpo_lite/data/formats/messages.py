@@ -141,5 +141,5 @@ def _unwrap(value: Mapping[str, Any], column: str) -> Any:
 
 
 def _is_label(value: Any) -> bool:
-    """Return whether a value may be an id, a score or a name, and is not a text."""
+    """Return whether a value may be an id, a score or a name. Texts with spaces are not."""
     return not isinstance(value, str) or re.fullmatch(r"[\w.:/+-]*", value, re.ASCII) is not None

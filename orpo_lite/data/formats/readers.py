@@ -288,7 +288,7 @@ def _join(
     chosen, rejected = (reply["content"] for _, reply in conversations)
     before, other_before = before or other_before, other_before or before
     if not before:
-        expected = "the user's turn, or a prompt"
+        expected = "a user turn before the reply, or a prompt"
         raise row_error(where, fields[0], "there is nothing before the reply", expected)
     drop = None
     if not _same_turns(before, other_before):
@@ -317,8 +317,8 @@ def _without_answer(
             return prompt
     if any(_same_turns(prompt[-1:], [reply]) for _, reply in conversations):
         return prompt[:-1]
-    found = "it ends with an assistant's turn that is neither reply"
-    raise row_error(where, "prompt", found, "turns that wait for a reply")
+    found = "it ends with an assistant turn that is neither of the two replies"
+    raise row_error(where, "prompt", found, "a prompt that ends with a user turn")
 
 
 def _join_turns(earlier: Sequence[Message], turns: Sequence[Message]) -> list[Message]:

@@ -169,7 +169,7 @@ def text_of(row: Row, field: str, where: str, label: str = "") -> str:
     """
     value = row.get(field)
     if not isinstance(value, str):
-        parts = ', or parts {"type": "text", "text": ...} alone' if isinstance(value, list) else ""
+        parts = ', or only parts {"type": "text", "text": ...}' if isinstance(value, list) else ""
         raise row_error(where, label or field, describe(row, field), f"text{parts}")
     if not value.isascii():
         try:

@@ -102,7 +102,7 @@ def are_texts(values: Sequence[Any]) -> bool:
 
 
 def is_blank(value: Any) -> bool:
-    """Return whether a value is empty: None, [], a blank text or "[]". Its type is "null"."""
+    """Return whether a value is empty, of the type "null": None, [], a blank text or "[]"."""
     return value.strip() in ("", "[]") if isinstance(value, str) else value is None or value == []
 
 

@@ -149,7 +149,7 @@ def _verdict_reader(
 
 
 def _signed_verdicts(profile: ColumnProfile, answers: tuple[str, str]) -> dict[str, str]:
-    """Return the meaning of strengths from -3 to 3; {} if the order of the answers is unclear."""
+    """Return strength (-3 to 3) -> a, b or tie; {} if the order of the two answers is unclear."""
     if _ends(answers) != ["1", "2"] and not set(answers) <= profile.mapped.keys():
         return {}
     first = dict.fromkeys(("-3", "-2", "-1"), "a")
@@ -168,7 +168,7 @@ def _ends(answers: Sequence[str]) -> list[str]:
 def _named_verdicts(
     profile: ColumnProfile, column: str, answers: tuple[str, str]
 ) -> dict[str, str]:
-    """Return the meaning of values that name an answer; {} if they are ambiguous."""
+    """Return value -> a, b or tie, for values that name an answer; {} if they are ambiguous."""
     ends = _ends(answers)
     names = [profile.mapped.get(answer, answer).lower() for answer in answers]
     matches = [match for name in names if (match := NUMBERED.fullmatch(name))]

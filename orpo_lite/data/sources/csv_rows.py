@@ -83,7 +83,7 @@ def _records(file: File, delimiter: str, *, quoted: bool = True) -> Iterator[tup
         raise DataError(
             where=f"{file.label}:{start}",
             found=f"broken csv: {error}",
-            expected="cells without quotes, or with a quote at the start and at the end",
+            expected="cells that are not quoted, or that are quoted as a whole",
             fix=_quoting_fix(file, delimiter),
         ) from None
 

@@ -29,7 +29,7 @@ from orpo_lite.errors import Command, DataError, HubError, Overrides, reworded
 
 @dataclass(frozen=True)
 class HubSource(Source):
-    """The rows of one split of a hub dataset."""
+    """One split of a hub dataset."""
 
     label: str
     """The name of the split in the places of rows, such as train[11]."""

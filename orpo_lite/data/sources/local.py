@@ -34,7 +34,7 @@ DEPTH = 4  # levels of folders in which files are searched
 
 @dataclass(frozen=True)
 class LocalSource(Source):
-    """The rows of local files."""
+    """A dataset in one or more local files."""
 
     files: tuple[File, ...]
 
@@ -72,9 +72,9 @@ def find_files(name: str, split: str, key: str) -> LocalSource:
     """Return the source of a split of local files.
 
     Args:
-        name: a file, which is read whatever the split is, a folder or a pattern.
-        split: the split, or auto. Only its files are read from a folder. From a pattern, all files
-            are read if the split is auto or train.
+        name: a file, a folder or a pattern.
+        split: auto, or the name of a split. In a folder, only files of this split are read. For a
+            pattern, all files are read if the split is auto or train. For a file, it is ignored.
         key: the setting that names the split, for the fixes of errors.
 
     Raises DataError.

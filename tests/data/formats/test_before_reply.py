@@ -102,7 +102,7 @@ def test_a_reply_at_the_end_of_the_prompt_is_not_asked_again(wrong: str, before:
             None,
         )
     with pytest.raises(
-        DataError, match="x:2, field prompt: it ends with an assistant's turn that is neither reply"
+        DataError, match="x:2, field prompt: it ends with an assistant turn that is neither of"
     ):
         read([{"prompt": asked} | replies, {"prompt": [*asked, bot("Red.")]} | replies])
 
