@@ -2,16 +2,16 @@
 
 A run reads only the pairs it needs.
 
-An entry is a folder with these files:
+A cache entry holds one split. It is a folder with these files:
 
-- ``ids.bin``: the tokens of all pairs, one after the other (int32)
-- ``pairs.bin``: a PAIR record for each pair
-- ``places.txt``: a line for each pair: the place of its row, such as pairs.csv:3
-- ``entry.json``, written last: facts found during tokenization, and the sha256 of the facts and of
-  each file
+- ``ids.bin``: the tokens of all pairs, one pair after the other (int32)
+- ``pairs.bin``: one PAIR record per pair, with its lengths and the hash of its prompt
+- ``places.txt``: one line per pair, with the place of its row, such as pairs.csv:3
+- ``entry.json``: facts found during tokenization, the sha256 of these facts, and the sha256 of each
+  other file. This file is written last.
 
 The key of an entry is a hash of everything that changes the tokens, including this package's code.
-If there are more than MAX_ENTRIES, the least recently used entries are removed.
+If there are more than MAX_ENTRIES entries, the least recently used ones are removed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ PAIR = np.dtype([*((name, "<i4") for name in (*NUMBERS, "prefix")), ("prompt", "
 
 The common prefix is the tokens that both sequences share at their start.
 """
-# The names of entries' folders. Only such folders and their lock files are ever removed.
+# Patterns of folder names: a finished and an unfinished entry. Only these folders and their lock
+# files are ever removed.
 ENTRY = re.compile(r"[0-9a-f]{32}")
 UNFINISHED = re.compile(r"\.[0-9a-f]{32}-.+")
 FILES = ("ids.bin", "pairs.bin", "places.txt")
@@ -66,7 +67,8 @@ FILES = ("ids.bin", "pairs.bin", "places.txt")
 class TokenizedPairs(Sequence[TokenizedPair]):
     """A sequence of P tokenized pairs on disk.
 
-    Tokens are read from disk on access. Each other field is an array of length P in memory.
+    The tokens of a pair are read from disk when the pair is accessed. All other data of the pairs
+    is in memory.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], sha256: str) -> None:
@@ -82,7 +84,7 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         self.rows: NDArray[np.int64] = np.arange(len(lengths_P))
 
     def select(self, rows: Sequence[int]) -> TokenizedPairs:
-        """Return a view of the pairs with the indices ``rows``."""
+        """Return the pairs with the indices ``rows``. Their tokens are not copied."""
         view = copy(self)
         view.rows = self.rows[np.asarray(rows, dtype=np.int64)]
         return view
@@ -93,11 +95,11 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         return values
 
     def prompts(self) -> list[bytes]:
-        """Return the ``split.prompt_key`` of each pair."""
+        """Return the hash of each pair's prompt, see :func:`orpo_lite.data.split.prompt_key`."""
         return [row.tobytes() for row in self.column("prompt")]
 
     def places(self) -> list[str]:
-        """Return the place of each pair, such as pairs.csv:3."""
+        """Return the place of each pair's row: a file and a line, such as pairs.csv:3."""
         return [self._places[row] for row in self.rows]
 
     def __len__(self) -> int:
@@ -123,7 +125,7 @@ class TokenizedPairs(Sequence[TokenizedPair]):
 
 
 class Writer:
-    """Write a new entry to disk, pair by pair."""
+    """Write a new cache entry to disk, pair by pair."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -140,7 +142,7 @@ class Writer:
         return self._count
 
     def add(self, pair: TokenizedPair) -> None:
-        """Append a pair."""
+        """Append a pair to the entry."""
         chosen, rejected = (
             np.asarray(ids, dtype="<i4") for ids in (pair.chosen_ids, pair.rejected_ids)
         )
@@ -165,7 +167,7 @@ class Writer:
                 self.largest = (int(ids.max()), pair.where)
 
     def close(self, facts: Mapping[str, Any]) -> None:
-        """Finish the files and write entry.json."""
+        """Close the data files, and write entry.json with ``facts`` and all hashes."""
         for stream in self._streams:
             stream.close()
         sums = {name: file_sha256(self.folder / name) for name in FILES} | {
@@ -177,14 +179,17 @@ class Writer:
         )
 
     def abandon(self) -> None:
-        """Close the files of an entry that is not finished."""
+        """Close the data files without writing entry.json. Errors of the disk are ignored."""
         for stream in self._streams:
             with suppress(OSError):  # a full disk has no space for buffered data
                 stream.close()
 
 
 def make_key(**parts: Any) -> str:
-    """Return a key that changes if a part, this package's code or a tokenizer library changes."""
+    """Return the key of an entry: a hash of ``parts``, this package's code and LIBRARIES' versions.
+
+    The key changes if any of these changes.
+    """
     parts |= {"code": _code(), "versions": {name: version(name) for name in LIBRARIES}}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -197,7 +202,7 @@ def _code() -> str:
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """Return a sha256 of the files of a tokenizer."""
+    """Return one sha256 of the names and contents of all tokenizer files in a folder."""
     files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
     return _files_sha256(folder, [file for file in files if file.name not in NOT_TOKENIZER])
 
@@ -219,7 +224,7 @@ def file_sha256(file: Path) -> str:
 
 
 def configured_folder() -> Path:
-    """Return the configured cache folder: $ORPO_LITE_CACHE, else the user's cache folder."""
+    """Return the folder in $ORPO_LITE_CACHE, or orpo-lite/tokens in the user's cache folder."""
     if named := os.environ.get(VARIABLE):
         return Path(named).expanduser()
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
@@ -228,10 +233,10 @@ def configured_folder() -> Path:
 
 @cache
 def cache_folder() -> Path:
-    """Return the cache folder in use.
+    """Return the cache folder that this process uses.
 
-    This is ``configured_folder``. If that folder is not writable, it is a temporary folder, which
-    is deleted when the process ends.
+    Usually this is :func:`configured_folder`. If that folder is not writable, a temporary folder is
+    used. It is deleted when the process ends.
     """
     folder = configured_folder()
     try:
@@ -263,7 +268,10 @@ def load(key: str) -> TokenizedPairs | None:
 
 @contextmanager
 def locked(key: str) -> Iterator[None]:
-    """Lock a key inside the ``with`` block: one process writes the entry while others wait."""
+    """Lock a key during the ``with`` block, so that only one process writes its entry.
+
+    Other processes wait for the lock.
+    """
     with (cache_folder() / f"{key}.lock").open("w") as stream:
         # Some network file systems cannot lock. Then each process writes its own entry, and the
         # last one remains.
@@ -274,7 +282,7 @@ def locked(key: str) -> Iterator[None]:
 
 @contextmanager
 def new_entry(key: str) -> Iterator[Writer]:
-    """Yield the writer of a new entry. The entry exists only if the block ends without an error."""
+    """Yield a Writer. Its entry is kept only if the ``with`` block ends without an error."""
     parent = cache_folder()
     temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=parent))
     writer = Writer(temporary)

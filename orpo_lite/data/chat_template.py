@@ -42,7 +42,7 @@ PAPER_CHAT_TEMPLATE = (  # "<|user|>\n{}</s>\n<|assistant|>\n{}</s>"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
-# These are set by this module; data.chat_template_kwargs cannot set them.
+# This module sets these variables, so data.chat_template_kwargs cannot set them.
 RESERVED = {"add_generation_prompt", "chat_template", "continue_final_message", "conversations",
             "messages", "return_assistant_tokens_mask"}  # fmt: skip
 
@@ -74,15 +74,15 @@ class Template:
 
     @cached_property
     def layouts(self) -> dict[tuple[str, ...], Layout | None]:
-        """A cache: sequence of roles -> the layout that was found for it."""
+        """Layouts found so far: sequence of roles, such as (user, assistant, user) -> layout."""
         return {}
 
     @cached_property
     def special(self) -> re.Pattern[str]:
-        """A pattern of the special tokens that no message may contain.
+        """A pattern that matches the special tokens that no message may contain.
 
-        They are ``named_tokens``, tokens that the template writes, and tokens that end a turn or a
-        text. A message may contain other special tokens, such as <think>.
+        These are ``named_tokens``, tokens that the template writes, and tokens that end a turn or a
+        text. Other special tokens, such as <think>, are allowed in messages.
         """
         if self.text is None:
             return _any_of(self.special_tokens)
@@ -96,7 +96,7 @@ class Template:
 
     @cached_property
     def end(self) -> re.Pattern[str]:
-        """A pattern of the tokens that can end a reply."""
+        """A pattern that matches any token in ``end_tokens``."""
         return _any_of(self.end_tokens)
 
 
@@ -113,13 +113,13 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 class PairTexts(NamedTuple):
-    """The texts that the model sees: prompt + chosen, prompt + rejected."""
+    """The rendered texts of a pair. The model sees prompt + chosen, and prompt + rejected."""
 
     prompt: str
     chosen: str
     rejected: str
     end: str
-    """The special token with which the template ends a reply; "" if it writes none."""
+    """The special token that the template writes after a reply; "" if it writes none."""
     remarks: tuple[str, ...] = ()
     """The remarks on the pair: MOVED_SYSTEM, EMPTY_THOUGHT or NO_THOUGHT."""
 
@@ -150,9 +150,9 @@ Rendered = PairTexts | str | OrpoLiteError
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Template:
-    """Return the template of data.chat_template, and store it in the tokenizer for saving.
+    """Return the template that data.chat_template selects. Set it in the tokenizer, for saving.
 
-    Raises RecipeError for unusable settings, and ModelError if no token can end a reply.
+    Raises RecipeError for unusable settings, ModelError if eos or a default template is missing.
     """
     text, description = _choose_template(tokenizer, data)
     if text is not None:
@@ -162,7 +162,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> 
         raise RecipeError(
             where="data.chat_template_kwargs",
             found=f"sets {', '.join(sorted(taken))}",
-            expected=f"other names than {', '.join(sorted(RESERVED))}",
+            expected=f"no variable that orpo-lite sets: {', '.join(sorted(RESERVED))}",
             fix=Overrides({"data.chat_template_kwargs": allowed}),
         )
     variables = {**tokenizer.special_tokens_map, **data.chat_template_kwargs}
@@ -178,7 +178,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> 
 def _choose_template(
     tokenizer: PreTrainedTokenizerBase, data: DataSection
 ) -> tuple[str | None, str]:
-    """Return the text of the template (None: plain text) and a sentence that names it."""
+    """Return the template's text (None: no template is used) and a sentence that names it."""
     choice = data.chat_template
     if choice == "none":
         eos_id(tokenizer)
@@ -212,7 +212,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def is_file(choice: str) -> bool:
-    """Return whether data.chat_template names a file."""
+    """Return whether data.chat_template is a path: not auto, not none and without Jinja tags."""
     return choice not in ("auto", "none") and "{%" not in choice and "{{" not in choice
 
 
@@ -224,7 +224,7 @@ def template_file(choice: str) -> str:
         raise RecipeError(
             where="data.chat_template",
             found=f"{choice}: {error}",
-            expected="auto, none, a .jinja file, or a template",
+            expected="auto, none, the path of a .jinja file, or the text of a template",
             fix=Overrides({"data.chat_template": "auto"}, ", or another path"),
         ) from None
 
@@ -234,7 +234,7 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ModelError(
             where="tokenizer",
-            found="no token ends a reply",
+            found="there is no eos_token, so no token ends a reply",
             expected="an eos_token, or a chat template that ends a reply with a special token",
             fix="set eos_token in tokenizer_config.json",
         )
@@ -252,16 +252,16 @@ def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]
 
 
 def special_in(texts: Iterable[str], special: re.Pattern[str]) -> str:
-    """Return the reason to leave a pair out if its texts contain a special token; "" if none."""
+    """Return why a pair is left out if a text contains a ``special`` token; "" if none does."""
     found = next(filter(None, map(special.search, texts)), None)
     return f"{SPECIAL}: {found.group()}" if found else ""
 
 
 def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
-    """Return the texts of a pair, or the reason to leave it out. Raises ModelError, DataError."""
+    """Render a pair, or return the reason to leave it out. Raises ModelError and DataError."""
     if template.text is None:
         return _joined(pair, template.special)
-    # A special token in a text would end the response too early, or begin another turn.
+    # A special token in a text would end the response too early or begin another turn.
     replies = (pair.chosen, pair.rejected)
     contents = (*replies, *(turn["content"] for turn in pair.messages))
     if reason := special_in(contents, template.special):
@@ -277,7 +277,7 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
         raise ModelError(
             where=pair.where,
             found="the chat template leaves out the reply",
-            expected="the reply in the text",
+            expected="a template that writes the reply",
             fix=f"{OWN_TEMPLATE} that writes the assistant's turns",
         )
     prompt, head = _prompt_and_head(asked, before, layout)
@@ -376,7 +376,7 @@ def _try_layout(turns: Sequence[Message], template: Template, where: str) -> Lay
 
 
 def _system_moved(turns: Sequence[Message]) -> list[Message]:
-    """Return the turns with each system text in front of the text of the next user turn."""
+    """Return the turns after moving each system text to the start of the next user turn."""
     kept: list[Message] = []
     held: list[str] = []
     for turn in turns:
@@ -393,7 +393,7 @@ def _system_moved(turns: Sequence[Message]) -> list[Message]:
 def _contains_turns(text: str, turns: Iterable[Message]) -> bool:
     """Return whether a text contains all turns in order.
 
-    Accepted: a system text at another position, and earlier replies without their thoughts.
+    A system text may be at another position, and earlier replies may lack their <think> blocks.
     """
     at = 0
     for turn in turns:
@@ -435,7 +435,7 @@ def _joined(pair: Pair, special: re.Pattern[str]) -> PairTexts | str:
     if pair.prompt_text is None:
         raise DataError(
             where=pair.where,
-            found="a conversation, but data.chat_template: none joins plain texts",
+            found="the row holds a conversation, but data.chat_template=none needs plain texts",
             expected="a prompt that is one text",
             fix=Overrides({"data.chat_template": "auto"}),
         )
@@ -452,7 +452,7 @@ def _joined(pair: Pair, special: re.Pattern[str]) -> PairTexts | str:
 def render(
     messages: Iterable[Message], template: Template, where: str, generation: bool = False
 ) -> str:
-    """Return the rendered messages. Raises ModelError and BeyondLimitsError."""
+    """Render messages. ``generation``: add the generation prompt. Raises ModelError."""
     # The tokenizer's apply_chat_template uses the same function.
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -495,6 +495,6 @@ class BeyondLimitsError(ModelError):
         super().__init__(
             where=where,
             found=found,
-            expected="a template that renders these turns",
+            expected="a template that stays within the limits",
             fix=OWN_TEMPLATE,
         )

@@ -64,16 +64,16 @@ LoadTokenizer = Callable[[], Any]
 def tokenized(
     data: DataSection, sources: Sequence[Source], tokenizer_folder: Path, load: LoadTokenizer
 ) -> Generator[tuple[int, int], None, TokenizedPairs]:
-    """Yield progress as (rows read, all rows); finally return one tokenized split.
+    """Yield progress as (rows read, total rows); finally return one tokenized split.
 
-    The split is read from the cache. If it is not there, it is tokenized and stored there. The
-    number of all rows is 0 if it is unknown.
+    If the cache holds the split, it is read from the cache. Otherwise, it is tokenized and added to
+    the cache. The total is 0 if it is unknown.
 
     Args:
         data: the settings.
         sources: the datasets of this split.
         tokenizer_folder: the folder of the tokenizer. The hash of its files is in the cache key.
-        load: loads the tokenizer. It is called only if the split is not in the cache.
+        load: a function that loads the tokenizer. It is called only if the cache lacks the split.
 
     Raises DataError or ModelError if rows cannot be read or rendered, FitError if the disk is full.
     """
@@ -108,7 +108,7 @@ def tokenized(
     if entry is None:
         raise FitError(
             where=str(cache.cache_folder()),
-            found="the tokens that were written cannot be read",
+            found="tokens were written to this folder, but they cannot be read",
             expected="a disk without errors",
             fix="try again",
         )
@@ -128,7 +128,7 @@ def _tokenize(
 ) -> Generator[tuple[int, int], None, None]:
     """Read, render, tokenize and write one split.
 
-    Yields progress as (rows read, all rows). ``rows``: the expected number of rows, 0 if unknown.
+    Yields progress as (rows read, total rows). ``rows``: the expected total, 0 if unknown.
     """
     template = set_chat_template(tokenizer, data)
     if tokenizer.unk_token_id != tokenizer.eos_token_id:  # in GPT-2 one token is both
@@ -192,7 +192,7 @@ def _is_templated(pair: Pair, template: Template) -> bool:
 
 
 def _hints(reasons: Iterable[str]) -> dict[str, str]:
-    """Return the fixes for reasons to leave pairs out: reason -> fix. Not all reasons have one."""
+    """Return fixes for reasons to leave pairs out: reason -> fix. Some reasons have no fix."""
     hints = dict.fromkeys(UNFAITHFUL, f"{OWN_TEMPLATE} that writes every turn unchanged")
     for reason in reasons:
         if reason.startswith(SPECIAL):
@@ -242,7 +242,7 @@ def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
         )
     raise ModelError(
         where="data.chat_template",
-        found=f"{count:,} of {read:,} pairs: {'; '.join(details)}",
+        found=f"it fails on {count:,} of {read:,} pairs: {'; '.join(details)}",
         expected=f"at most {int(allowed):,} such pairs",
         fix=fix,
     )
@@ -271,7 +271,7 @@ def _templated(count: int, pairs: int) -> DataError:
         where="data.chat_template",
         found=f"{count:,} of {pairs:,} pairs hold markers of a chat template, but few of the first "
         "rows do",
-        expected="text without markers: the template would add them again",
+        expected="texts without markers, because the chat template adds its own markers",
         fix="remove the markers from all rows",
     )
 
@@ -279,9 +279,11 @@ def _templated(count: int, pairs: int) -> DataError:
 def show_row(
     data: DataSection, sources: Sequence[Source], load: LoadTokenizer, place: str
 ) -> dict[str, Any]:
-    """Return a dict with the text segments of the row at ``place``, such as pairs.csv:3.
+    """Return the row at ``place``, such as pairs.csv:3, as text segments.
 
-    Its value of "dropped" is the reason to leave the row out, or None. Raises DataError.
+    The dict has these keys: where (the place of the row), chosen and rejected (lists of segments,
+    missing if the row cannot be rendered), and dropped (the reason to leave the row out, or None).
+    Raises DataError.
     """
     pair, reason = PairReader(data, sources).find(place)
     tokenizer = load()
@@ -320,8 +322,8 @@ class PromptTokenizer(AbstractContextManager["PromptTokenizer"]):
         """Return the token ids of each conversation, or the reason why it cannot be tokenized.
 
         Each conversation must end with a user turn. Special tokens are removed from the texts of
-        earlier answers, because a model may have written one as text. Without a template, the turns
-        are joined by line ends.
+        earlier answers, because a model may have written such a token as text. If
+        data.chat_template is none, the turns are joined by line ends.
 
         Raises:
             ModelError: the template exceeds its limits, or fails on a plain question.
@@ -351,14 +353,14 @@ class PromptTokenizer(AbstractContextManager["PromptTokenizer"]):
 
 
 def _renderer(template: Template) -> Renderer:
-    """Return the renderer of a template. A Jinja template is untrusted, so it gets a process."""
+    """Return a renderer. A Jinja template is untrusted, so it is rendered in another process."""
     return Renderer(template) if template.text is None else LimitedRenderer(template)
 
 
 def _shown_samples(
     pairs: Sequence[Pair], renderer: Renderer, tokenizer: Any, data: DataSection
 ) -> list[dict[str, Any]]:
-    """Return pairs as text segments for display. Pairs that cannot be rendered are left out."""
+    """Return the pairs as text segments for display, except pairs that cannot be rendered."""
     end = end_token_id(renderer, tokenizer)
     renderer.send(pairs)
     rows = []

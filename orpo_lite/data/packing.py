@@ -1,4 +1,4 @@
-"""Build the batches of one optimizer step from tokenized pairs: their order and their tensors."""
+"""Shuffle tokenized pairs, divide the pairs of a step into batches, and build their tensors."""
 
 import hashlib
 import math
@@ -46,7 +46,7 @@ def pad_pairs(
 ) -> PairBatch:
     """Return the pairs as one batch, padded to the longest sequence.
 
-    ``completion_only_loss``: leave the prompt out of the NLL.
+    ``completion_only_loss``: if True, the NLL does not include the tokens of the prompt.
     """
     rows = [(pair.chosen_ids, pair.chosen_start) for pair in pairs]
     rows += [(pair.rejected_ids, pair.rejected_start) for pair in pairs]
@@ -67,8 +67,8 @@ def pad_pairs(
 class PackedPairs(_Tensors):
     """P pairs as one row of T tokens without padding.
 
-    Each pair is [common prefix | chosen rest | rejected rest]. If prefixes are not shared, the
-    prefix is empty, and the rests are whole sequences.
+    Each pair is laid out as [common prefix | rest of chosen | rest of rejected]. If prefixes are
+    not shared, the prefix is empty and each rest is a whole sequence.
     """
 
     input_ids_T: Tensor
@@ -96,7 +96,10 @@ class PackedPairs(_Tensors):
 def pack_pairs(
     pairs: Sequence[TokenizedPair], *, completion_only_loss: bool, share: bool
 ) -> PackedPairs:
-    """Return the pairs in one row without padding. ``share``: include each common prefix once."""
+    """Return the pairs in one row without padding.
+
+    ``share``: if True, the common prefix of each pair is in the row only once.
+    """
     ids: list[NDArray[Any]] = []
     positions: list[NDArray[Any]] = []
     rows: list[NDArray[Any]] = []
@@ -140,7 +143,10 @@ def pack_pairs(
 
 
 def nll_tokens(pair: TokenizedPair, *, completion_only_loss: bool) -> int:
-    """Return the number of tokens in the pair's NLL. A sequence's first token is not predicted."""
+    """Return how many tokens of the chosen sequence the NLL includes.
+
+    The first token of a sequence never counts, because it is not predicted.
+    """
     start = max(pair.chosen_start, 1) if completion_only_loss else 1
     return len(pair.chosen_ids) - start
 
@@ -149,8 +155,8 @@ def nll_tokens(pair: TokenizedPair, *, completion_only_loss: bool) -> int:
 def epoch_order(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
     """Return a shuffle of ``range(count)`` that depends only on seed and epoch.
 
-    Indices are sorted by a hash. A random generator has a state, and a new version of its library
-    may change it.
+    The indices are sorted by a hash. A random generator is not used, because it has a state, and
+    because a new version of its library may give another order.
     """
 
     def rank(index: int) -> bytes:
@@ -160,19 +166,19 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:
-    """Return the number of optimizer steps for ``count`` pairs. The last step may be smaller."""
+    """Return the number of optimizer steps for ``count`` pairs. The last may have fewer pairs."""
     return math.ceil(count / global_batch_size)
 
 
 @dataclass(frozen=True)
 class Batching:
-    """Settings that divide the pairs of a step into forward passes.
+    """Settings for dividing the pairs of a step into forward passes.
 
-    They do not change the loss of the step, which is the sum over all passes.
+    The loss of a step is the sum over all passes, so these settings do not change it.
     """
 
     packed: bool
-    """True: all pairs of a pass in one row without padding. False: padded rows."""
+    """True: all pairs of a pass are in one row without padding. False: rows are padded."""
     share: bool
     """True: the common prefix of a pair is computed once. Used only if packed."""
     tokens: int
@@ -200,10 +206,16 @@ def make_batch(pairs: Sequence[TokenizedPair], batching: Batching) -> Batch:
 def micro_batches(
     pairs: Sequence[TokenizedPair], batching: Batching, *, rank: int = 0, world: int = 1
 ) -> list[list[int]]:
-    """Return the micro-batches of process ``rank`` of ``world``, as indices into a step's pairs.
+    """Return the micro-batches that one process runs in a step, as lists of indices into ``pairs``.
 
-    Packed pairs are placed by first-fit decreasing, so that there are few passes. Padded pairs are
-    grouped by length. The result depends only on the arguments.
+    Packed pairs are placed by first-fit decreasing bin packing, so that there are few passes.
+    Padded pairs are grouped by length. The result depends only on the arguments.
+
+    Args:
+        pairs: all pairs of the step.
+        batching: the settings.
+        rank: the number of the process, from 0.
+        world: the number of processes. Each one gets every ``world``-th pair.
     """
     share = range(len(pairs))[rank::world]
     if not batching.packed:
@@ -232,7 +244,10 @@ def micro_batches(
 
 
 def packed_tokens(pair: TokenizedPair, *, share: bool) -> int:
-    """Return the number of tokens of a pair in a packed row. ``share``: count its prefix once."""
+    """Return how many tokens a pair has in a packed row.
+
+    ``share``: if True, the common prefix counts only once.
+    """
     total = len(pair.chosen_ids) + len(pair.rejected_ids)
     if not share:
         return total

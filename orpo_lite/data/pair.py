@@ -45,15 +45,15 @@ UNJUDGED = "no verdict"
 
 
 class NotJson(float):
-    """A NaN or infinity in a JSON file. JSON does not allow them, but Python writes them.
+    """A NaN or infinity in a JSON file. JSON does not allow these values, but Python writes them.
 
-    It is an error only if a pair needs the value.
+    Such a value is an error only if a pair needs it.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two replies to one conversation."""
+    """A better and a worse reply to the same conversation."""
 
     messages: tuple[Message, ...]
     """All turns before the reply."""
@@ -68,7 +68,7 @@ class Pair:
     drop: str | None = None
     """The reason to leave this pair out, if the reader of the row found one."""
     has_unread: bool = False
-    """True if the row has content that is not read, such as reasoning, tools or images."""
+    """True if the row has more content, such as reasoning, tools or images, that is not read."""
 
 
 class RowError(DataError):
@@ -101,7 +101,7 @@ class TokenizedPair:
 def common_prefix(one: NDArray[numpy.int32], other: NDArray[numpy.int32]) -> int:
     """Return the number of tokens that two sequences share at their start.
 
-    The shared tokens are the prompt, and the first tokens of the replies if these are equal.
+    These are the tokens of the prompt. If both replies begin with the same tokens, these count too.
     """
     shorter = min(len(one), len(other))
     differ = (one[:shorter] != other[:shorter]).nonzero()[0]

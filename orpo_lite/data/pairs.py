@@ -1,6 +1,6 @@
 """Read datasets row by row, and convert the rows to pairs of texts. No tokenizer is needed.
 
-Pairs are filtered as in the paper, and the pairs left out are counted. Rows are streamed.
+Pairs are filtered as in the ORPO paper, and pairs that are left out are counted. Rows are streamed.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class Drops:
         self.places: dict[str, list[str]] = {}
 
     def add(self, reason: str, where: str) -> None:
-        """Count one pair that is left out."""
+        """Count one pair that is left out for ``reason``. ``where``: the place of its row."""
         self.counts[reason] += 1
         if self.counts[reason] <= MAX_PLACES:
             self.places.setdefault(reason, []).append(where)
 
     def raise_nothing_left(self, name: str, hints: Mapping[str, str] | None = None) -> NoReturn:
-        """Raise DataError: all pairs are left out. ``hints``: reason -> fix, for some reasons."""
+        """Raise DataError because all pairs were left out. ``hints``: reason -> fix."""
         table = "".join(
             f"\n  {count:>8}  {reason} (first {self.places[reason][0]})"
             for reason, count in self.counts.items()
@@ -79,10 +79,10 @@ class Drops:
 class PairReader:
     """Iterate over the pairs of one split. The attributes hold counts and facts about the pairs.
 
-    Iterating raises DataError before the first pair of a dataset if its format is unknown. After
-    the last pair, it raises DataError for all errors of files, for datasets with more bad rows than
-    data.max_bad_rows allows, and if no pair is left. Only the first ``data.max_samples`` rows of
-    each dataset are read, including the rows that are left out.
+    If the format of a dataset is unknown, DataError is raised before its first pair. After the last
+    pair, DataError is raised if files had errors, if a dataset has more bad rows than
+    data.max_bad_rows allows, or if no pair is left. Only the first ``data.max_samples`` rows of
+    each dataset are read. Rows that are left out count too.
     """
 
     def __init__(self, data: DataSection, sources: Sequence[Source]) -> None:
@@ -108,7 +108,7 @@ class PairReader:
 
     @property
     def sha256(self) -> str:
-        """The sha256 of the texts of the pairs read so far, in their order."""
+        """One sha256 of the texts of all pairs yielded so far, in their order."""
         return self._digest.hexdigest()
 
     def __iter__(self) -> Iterator[Pair]:
@@ -128,9 +128,9 @@ class PairReader:
             self.drops.raise_nothing_left(", ".join(source.name for source in self.sources))
 
     def find(self, place: str) -> tuple[Pair, str | None]:
-        """Return the pair at a place such as pairs.csv:3, and the reason to leave it out, or None.
+        """Return the pair at a place such as pairs.csv:3, and the reason to leave it out or None.
 
-        Folders at the start may be missing or added. Raises DataError unless one row matches.
+        ``place`` may have more or fewer folders in front. Raises DataError unless one row matches.
         """
         faults: list[DataError] = []
         ends_of_place: list[Pair] = []
@@ -149,7 +149,7 @@ class PairReader:
             raise DataError(
                 where=place,
                 found=f"{len(ending_with_place)} rows in different folders match",
-                expected="the place of one row, with its folders",
+                expected="a place with enough folders in front to match only one row",
                 fix=" or ".join(pair.where for pair in ending_with_place[:MAX_PLACES]),
             )
         if similar := ends_of_place or ending_with_place:
@@ -320,13 +320,13 @@ class PairReader:
         fix = self._setting_per_file(source)
         return DataError(
             where=f"{fault.where} of {source.name}",
-            found=f"{fault.found}; its files have different formats" if fix else fault.found,
+            found=f"{fault.found}; the dataset's files differ in format" if fix else fault.found,
             expected=fault.expected,
             fix=fix or fault.fix,
         )
 
     def _setting_per_file(self, source: Source) -> str:
-        """Return the data.dataset_name setting that lists each file. Each then has its own format.
+        """Return the data.dataset_name setting that makes each file of a dataset its own dataset.
 
         Returns "" if the first rows of all files have columns of the same types.
         """
@@ -404,9 +404,9 @@ class PairReader:
     ) -> None:
         """Raise DataError if data.column_map is probably meant for another dataset than this one.
 
-        Reading the map's columns would then give wrong pairs. This is assumed if pairs are detected
-        in other columns, and the dataset either lacks some columns of the map, or is the only
-        dataset that has columns with standard names.
+        Such a map would give wrong pairs. This is assumed if other columns hold pairs too, and if
+        the dataset lacks some columns of the map or is the only one with columns that have standard
+        names.
         """
         missing = self._column_map.keys() - mapped.keys()
         if not mapped or not (missing or len(self.sources) > 1):
@@ -436,13 +436,13 @@ class PairReader:
             fix = f"{setting}; or, if {wrong} hold the pair, remove {own_columns} from this dataset"
         raise DataError(
             where="data.column_map",
-            found=f"it uses {wrong} for {join_names(*changed)}, but {why}",
-            expected=f"all columns of the map or none of them. Without the map: {own.sentence}",
+            found=f"the map reads {join_names(*changed)} from {wrong}, but {why}",
+            expected=f"all columns of the map, or none. Without the map: {own.sentence}",
             fix=reworded(setting, fix),
         )
 
     def _is_only_here(self, source: Source, columns: Mapping[str, str]) -> bool:
-        """Return whether these columns have standard names and no other dataset has any of them."""
+        """Return whether these columns have standard names that no other dataset has."""
         if not all(plain_name(column) == ours for ours, column in columns.items()):
             return False
         others = (other for other in self.sources if other is not source)

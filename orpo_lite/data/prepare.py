@@ -43,9 +43,9 @@ def tokenized_splits(
 ) -> Generator[Update, None, tuple[TokenizedPairs, TokenizedPairs, dict[str, Any]]]:
     """Yield progress; finally return the tokenized training and held-out pairs, and their figures.
 
-    If there is no held-out dataset, some prompts are held out with all their pairs, after all
-    filters. If the same rows were tokenized before with the same template, limits and tokenizer,
-    their tokens are read from the cache.
+    If there is no held-out dataset, some prompts of the training dataset are held out, each with
+    all its pairs. They are selected after all filters. If the same rows were tokenized before with
+    the same template, limits and tokenizer, their tokens are read from the cache.
     """
     folder = cache_folder()
     if folder != configured_folder():
@@ -82,7 +82,7 @@ def _with_dropped(fault: DataError, facts: Mapping[str, Any]) -> DataError:
     rows = f"{sum(dropped.values()):,} of {facts['rows_read']:,} rows were left out"
     return DataError(
         where="data",
-        found=f"{rows}: {'; '.join(reasons)}. After that, {fault.found}",
+        found=f"{rows}: {'; '.join(reasons)}. For the other rows: {fault.found}",
         expected=fault.expected,
         fix=reworded(fault.fix, f"correct these rows; or {fault.fix}"),
     )
@@ -97,7 +97,10 @@ def _tokenize_split(
 
 
 def figure_updates(found: Mapping[str, Any]) -> Iterator[Update]:
-    """Yield notes with the numbers that a person must see before training."""
+    """Yield the figures that a person must see before training, as notes.
+
+    ``found``: the figures, see :func:`orpo_lite.data.statistics.figures`.
+    """
     for sentence in (*found["format"], found["chat_template"], found["tokenizer"]):
         if sentence:
             yield Update("note", sentence)
@@ -108,16 +111,16 @@ def figure_updates(found: Mapping[str, Any]) -> Iterator[Update]:
     kept = f"{found['train_pairs']:,} pairs to train on, {found['held_out_pairs']:,} held out"
     yield Update("note", f"{kept}; left out: {', '.join(drops) or 'none'}")
     if count := found["cut"]["responses_without_end"]:
-        yield Update("note", f"{count:,} responses are cut by data.max_length and lose their end")
+        yield Update("note", f"data.max_length cuts the end of {count:,} responses")
     for line in warning_lines(found):
         yield Update("note", f"warning: {line}")
     if count := found["prompts"]["shared"]:
         held_out = found["prompts"]["held_out"]
         text = f"{count:,} of {held_out:,} held-out prompts are also in the training set"
-        yield Update("note", f"warning: {text}: the evaluation will look too good")
+        yield Update("note", f"warning: {text}, so the evaluation will look too good")
 
 
 def pair_lengths(pairs: TokenizedPairs) -> NDArray[np.int64]:
-    """Return lengths in tokens, shape (pairs, 3): common prefix, chosen and rejected sequence."""
+    """Return token counts of shape (pairs, 3): common prefix, chosen and rejected sequence."""
     columns = (pairs.column(name) for name in ("prefix", "chosen_tokens", "rejected_tokens"))
     return np.stack([column.astype(np.int64) for column in columns], 1)

@@ -60,11 +60,11 @@ class Renderer(AbstractContextManager["Renderer"]):
         """Do nothing: there is no process to end."""
 
     def send(self, pairs: Sequence[Pair]) -> None:
-        """Send a batch. The texts of the previous batch must have been received."""
+        """Send a batch. Before this call, the texts of the previous batch must be received."""
         self.sent = pairs
 
     def receive(self) -> list[Rendered]:
-        """Return the texts of the batch that was sent, in order. Raises BeyondLimitsError."""
+        """Return one result for each pair of the sent batch. Raises BeyondLimitsError."""
         return _raise_limit_error(_render_pairs(self.sent, self.template))
 
 
@@ -154,7 +154,7 @@ def _raise_limit_error(results: list[Rendered]) -> list[Rendered]:
 def _render_pairs(
     pairs: Iterable[Pair], template: Template, limited: Limit = nullcontext
 ) -> list[Rendered]:
-    """Return the texts of each pair. Rendering stops after a BeyondLimitsError, the last result."""
+    """Return the texts of each pair. After a BeyondLimitsError, no more pairs are rendered."""
     results: list[Rendered] = []
     for pair in pairs:
         try:
@@ -191,7 +191,10 @@ def _unpack(parts: list[Any]) -> Rendered:
 
 
 def _serve() -> None:
-    """Run the separate process: read a template, then answer batches. Each is one line of JSON."""
+    """Run the separate process: read a template, then read batches of pairs and write their texts.
+
+    The template, each batch and each answer are one line of JSON.
+    """
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not be read as an answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C

@@ -35,7 +35,7 @@ def training_sources(data: DataSection) -> list[Source]:
         raise DataError(
             where="data.dataset_train_split",
             found=repr(split),
-            expected="auto: single files have no splits",
+            expected="auto, because single files have no splits",
             fix=Overrides(
                 {"data.dataset_train_split": "auto"},
                 ", or name the file of that split in data.dataset_name",
@@ -74,8 +74,8 @@ def held_out_sources(data: DataSection) -> list[Source]:
     """Return the held-out datasets that data.dataset_test_split names.
 
     The setting is a file, a folder, or a split of the training datasets. If it is null, the result
-    is [], and ``hold_out`` takes held-out pairs from the training pairs. Raises DataError and
-    HubError.
+    is []. Then held-out pairs are taken from the training pairs by :func:`hold_out`. Raises
+    DataError and HubError.
     """
     test = data.dataset_test_split
     if test is None:
@@ -108,7 +108,7 @@ def _no_splits(data: DataSection, test: str, file: str) -> DataError:
     return DataError(
         where="data.dataset_test_split",
         found=repr(test),
-        expected=f"a file ({file} has no splits), or null to use data.test_split_size",
+        expected=f"a file, because {file} has no splits; or null to use data.test_split_size",
         fix=Overrides({"data.dataset_test_split": own}, text=text),
     )
 
@@ -124,16 +124,16 @@ def prompt_key(pair: Pair) -> bytes:
 def hold_out(
     pairs: Sequence[Item], prompts: Sequence[bytes], size: float, seed: int
 ) -> tuple[list[Item], list[Item]]:
-    """Split pairs by prompt and return the training pairs and the held-out pairs.
+    """Split pairs by prompt, and return the training pairs and the held-out pairs.
 
-    Prompts are sorted by a hash of seed and prompt, and the first ones are held out. So the order
-    of the rows does not matter.
+    Prompts are sorted by a hash of the seed and the prompt, and the first prompts are held out. So
+    the result does not depend on the order of the rows.
 
     Args:
         pairs: the pairs. Filter them before, so that a later filter cannot empty a split.
         prompts: for each pair, the key of its prompt (:func:`prompt_key`).
         size: if below 1, the share of prompts to hold out. Otherwise the number of pairs to hold
-            out. All pairs of a prompt stay together, so it may be a few more.
+            out. All pairs of a prompt stay together, so a few more pairs may be held out.
         seed: the seed of the hash.
 
     Raises DataError if no training pairs are left.
@@ -155,8 +155,8 @@ def hold_out(
     if len(held) == len(ranked):
         raise DataError(
             where="data.test_split_size",
-            found=f"holding out {size:g} of {len(pairs)} pairs with {len(ranked)} different "
-            "prompts leaves none to train on",
+            found=f"a size of {size:g} holds out every pair (pairs: {len(pairs)}, different "
+            f"prompts: {len(ranked)}) and leaves none to train on",
             expected="a size that leaves some prompts to train on",
             fix=Overrides({"data.test_split_size": 0}, ", or use more pairs"),
         )

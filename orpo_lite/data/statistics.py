@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from orpo_lite.data.cache import NUMBERS, TokenizedPairs
 
-# Figures that should be 0, and what they count.
+# Counts that should be 0: key -> what is counted.
 WARNINGS = {
     "repeated_prompts": "pairs in which a reply begins with the prompt again",
     "absent_texts": "pairs in which a reply or the system text is NULL, None, NaN or N/A, so it is "
@@ -25,11 +25,11 @@ WARNINGS = {
     "chat template takes no system turn (do the same when you use the model)",
     "empty_thoughts": "pairs in which the chat template adds an empty <think> block to the "
     "replies, and the model is trained on it",
-    "missing_thoughts": "pairs with replies without a <think> block, although the chat template "
-    "opens one when the model is used",
+    "missing_thoughts": "pairs whose replies have no <think> block, although the chat template "
+    "opens such a block when the model is used",
     "unknown_tokens": "tokens for text that the tokenizer does not know, so the text is lost",
 }
-# Figures that count only pairs that are kept. Their share of these pairs is shown too.
+# Counts of pairs that are not left out. Their share of all such pairs is shown too.
 OF_KEPT_PAIRS = ("moved_systems", "empty_thoughts", "missing_thoughts")
 QUANTILES = (5, 25, 50, 75, 95, 99)
 PADDED_BATCH = 8  # pairs; the default batch of other trainers
@@ -39,16 +39,20 @@ SHUFFLES = 20
 def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     """Return the content of data.json. Shares are from 0 to 1, and lengths are in tokens.
 
-    - format, columns: for each dataset, its format, the columns that are read, and the others
+    - format: for each dataset, a sentence with its format and the reason
+    - columns: for each dataset, its format, the columns that are read, and the other columns
     - rows_of_sets: for each training dataset, the number of rows read
-    - hints: key of WARNINGS, or reason in dropped -> fix
+    - hints: fixes. The keys are keys of WARNINGS and reasons in dropped
     - dropped: for each reason, the number of pairs left out and the first places
     - tokens: quantiles of lengths. Responses are measured before the cut, with their end token
     - cut: the number and the share of pairs and responses that data.max_length cuts
     - chosen_longer, rejected_longer: the share of pairs in which this response is the longer one
-    - prompts: the number of different prompts in each split, and in both splits (shared)
-    - step: the mean number of tokens per pair that go through the model, see _step
+    - prompts: the number of different prompts in each split, and of those in both splits (shared)
+    - step: the mean number of tokens per pair that go through the model: with padding, without
+      padding, and with a shared prompt
     - sha256: a hash of the content and the order of the pairs
+
+    All keys of WARNINGS are in the result too, each with its count.
     """
     splits = _split_facts(train, test)
     both = {
@@ -94,7 +98,10 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
 
 
 def warning_lines(found: Mapping[str, Any]) -> list[str]:
-    """Return a line for each figure of WARNINGS that is not 0: its meaning, number and fix."""
+    """Return a line for each key of WARNINGS whose count in ``found`` is not 0.
+
+    A line has the meaning, the count, and the fix if there is one.
+    """
     pairs = found["train_pairs"] + found["held_out_pairs"]
     lines = []
     for name, counted in WARNINGS.items():
@@ -117,9 +124,11 @@ def _unique_values(values: Iterable[Any]) -> list[Any]:
 
 
 def response_lengths(columns: Mapping[str, NDArray[Any]], reply: str) -> NDArray[Any]:
-    """Return the length in tokens of each pair's chosen or rejected response, before the cut.
+    """Return the number of tokens of each pair's response before the cut at data.max_length.
 
-    ``columns``: field of the PAIR record -> its values. ``reply``: chosen or rejected.
+    Args:
+        columns: field of the PAIR record -> its values for all pairs.
+        reply: which response: chosen or rejected.
     """
     tokens, cut, start = (columns[f"{reply}_{name}"] for name in ("tokens", "cut", "start"))
     lengths: NDArray[Any] = tokens + cut - start
@@ -148,7 +157,7 @@ def _quantiles(lengths: NDArray[Any]) -> dict[str, float]:
 
 
 def _step(both: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-    """Return the mean tokens per pair: in padded batches, without padding, with shared prefix."""
+    """Return mean tokens per pair: in padded batches, without padding, and with a shared prefix."""
     longest = np.maximum(both["chosen_tokens"], both["rejected_tokens"])
     padded = []
     for seed in range(SHUFFLES):

@@ -72,21 +72,22 @@ def tokenize_pairs(
 ) -> Iterator[tuple[Pair, TokenizedPair | str]]:
     """Yield each pair in order, with its tokens or with the reason to leave it out.
 
-    Prompt and response are tokenized together as one text, as in generation. A token with
-    characters of both belongs to the response. Exception: a prompt token with ``rstrip``, which
+    Prompt and response are tokenized together as one text, as in generation. If a token contains
+    characters of both, it belongs to the response. Exception: a prompt token with ``rstrip``, which
     absorbs the spaces that follow, stays in the prompt. While this function assembles one batch,
     the next batch is tokenized (on all cores), and the batch after that is rendered.
 
-    A pair is left out if the template raises an error on it. Raises ModelError if the tokenizer has
-    no offsets, if the template fails on a plain question, or if the template exceeds its limits.
-    With data.chat_template=none, finally raises a DataError that lists all rows with conversations.
+    A pair is left out if the template raises an error for it. Raises ModelError if the tokenizer is
+    slow (it reports no offsets), if the template fails on a plain question, or if the template
+    exceeds its limits. With data.chat_template=none, a row with a conversation is an error. A
+    DataError after the last pair lists all these rows.
     """
     if not tokenizer.is_fast:
         raise ModelError(
             where="tokenizer",
             found=f"{type(tokenizer).__name__} is a slow tokenizer",
             expected="a fast tokenizer, which reports the position of each token in the text",
-            fix="add a tokenizer.json",
+            fix="add a tokenizer.json to the folder of the tokenizer",
         )
     end = end_token_id(renderer, tokenizer)
     ends = _sequence_ends(tokenizer, end)
@@ -111,7 +112,7 @@ def tokenize_pairs(
 
 
 def _without_content(message: str, pair: Pair) -> str:
-    """Return a template's error message; only the part before the colon if it quotes the pair."""
+    """Return a template's error message. If it quotes the pair, cut it off at the first colon."""
     contents = (pair.chosen, pair.rejected, *(turn["content"] for turn in pair.messages))
     is_quoted = any(len(text) > 8 and text.strip()[:MAX_REASON] in message for text in contents)
     return message.partition(": ")[0] if is_quoted else message[:MAX_REASON]
@@ -169,7 +170,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 class _SequenceEnds(NamedTuple):
-    """The tokens with which sequences begin and end, and the tokens with ``rstrip``."""
+    """The tokens at the start and the end of all sequences, and the tokens with ``rstrip``."""
 
     lead: list[int]
     """The tokens that the tokenizer adds before a text: often [bos], sometimes []."""
@@ -195,8 +196,8 @@ def _whole_sequence(
 ) -> tuple[array[int], int]:
     """Return a sequence with lead and end tokens, and the index of its first response token.
 
-    These tokens are added only if the template did not write them. ``row``: the index of the text
-    in the batch.
+    A lead or end token is added only if the template did not write it. ``row``: the index of the
+    text in the batch.
     """
     ids, lead, boundary = encoded.input_ids[row], ends.lead, len(prompt)
     start = _response_start(encoded, row, boundary)
@@ -215,9 +216,10 @@ def _whole_sequence(
 def _response_start(encoded: BatchEncoding, row: int, boundary: int) -> int:
     """Return the index of the first token that ends after the end of the prompt.
 
-    ``boundary``: the number of characters of the prompt. Usually it is the first token of the
-    character after it. A character may have several tokens (bytes, a space that sentencepiece adds)
-    or none (a trimmed space). If it has none, the offsets of all tokens are searched.
+    ``boundary``: the number of characters of the prompt. Usually, the result is the first token of
+    the character after the prompt. A character may have several tokens (bytes, a space that
+    sentencepiece adds) or none (a trimmed space). If the character after the prompt has no token,
+    the offsets of all tokens are searched.
     """
     start = encoded.char_to_token(row, boundary)
     if start is None:
@@ -256,8 +258,9 @@ def show_texts(
 ) -> dict[str, list[Segment]]:
     """Return the text segments of chosen and rejected, for display.
 
-    The text is decoded from the tokens. So it shows what the tokenizer loses, such as case or
-    unknown characters. ``end``: the id of the end token (:func:`end_token_id`).
+    The text is decoded from the tokens. So a person can see what the tokenizer changes: it may, for
+    example, lose the case or unknown characters. ``end``: the id of the end token
+    (:func:`end_token_id`).
     """
     encoded = _encode([texts.prompt + texts.chosen, texts.prompt + texts.rejected], tokenizer)
     ends = _sequence_ends(tokenizer, end)

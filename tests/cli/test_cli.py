@@ -458,7 +458,7 @@ BAD_DATA: dict[str, tuple[str, list[str], list[str]]] = {
     "missing field in one row": (
         rows(GOOD) + '{"prompt": "a", "chosen": "b"}\n',
         [],
-        ["1 of 2 rows were left out", "pairs.jsonl:2, field rejected: missing", "After that, holding out 0.2 of 1 pairs"],
+        ["1 of 2 rows were left out", "pairs.jsonl:2, field rejected: missing", "For the other rows: a size of 0.2 holds out every pair"],
     ),
     "numbers for texts": (
         rows(*[GOOD] * 5, *[("a", 5, "c")] * 4),
@@ -531,7 +531,7 @@ def test_a_prompt_on_both_sides_of_a_given_split_is_warned_of(
     code, said, _ = small("data.dataset_test_split=./held-out.jsonl", "training.max_steps=1")
     assert code == 0
     assert (
-        "warning: 1 of 2 held-out prompts are also in the training set: the evaluation will look too good"
+        "warning: 1 of 2 held-out prompts are also in the training set, so the evaluation will look too good"
         in said
     )
     figures = json.loads((workspace / "run" / "data.json").read_text(encoding="utf-8"))
@@ -619,7 +619,7 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
             re.sub(r'"eos_token": "[^"]*",?', "", (base / "tokenizer_config.json").read_text(encoding="utf-8"))
         ),
         [],
-        ["tokenizer", "no token ends a reply", "eos_token"],
+        ["tokenizer", "there is no eos_token, so no token ends a reply"],
     ),
     "a template that raises": (
         lambda _: None,

@@ -363,7 +363,7 @@ def test_column_map_wins(tmp_path: Path) -> None:
         ({"prompt": "questoin"}, ["'questoin'", "did you mean data.column_map=prompt=question"]),
         (
             {"prompt": "question", "chosen": "zzz", "rejected": "yyy"},
-            ["no 'yyy' and no 'zzz'", "=prompt=question?"],
+            ["unknown names: 'yyy', 'zzz'", "=prompt=question?"],
         ),
     ],
 )
@@ -594,7 +594,7 @@ def test_a_mapped_column_has_to_stand_in_one_of_the_sets(tmp_path: Path) -> None
             "a.jsonl:1": "q",
             "b.jsonl:1": "Name a colour.",
         }
-        with pytest.raises(DataError, match=r"data\.column_map: no 'instructoin'"):
+        with pytest.raises(DataError, match=r"data\.column_map: unknown names: 'instructoin'"):
             read(names, column_map={"prompt": "instructoin"})
 
 
@@ -648,7 +648,7 @@ def test_a_map_of_another_set_does_not_take_half_a_pair(tmp_path: Path) -> None:
     one = write_jsonl(tmp_path / "a.jsonl", [{"topic": "What?", "good": "a", "bad": "b"}])
     other = write_jsonl(tmp_path / "b.jsonl", [EXPLICIT | {"bad": "left over"}])
     with pytest.raises(
-        DataError, match=r"data\.column_map of .*b\.jsonl: it uses bad for rejected"
+        DataError, match=r"data\.column_map of .*b\.jsonl: the map reads rejected from bad"
     ) as raised:
         read(f"{one},{other}", column_map={"prompt": "topic", "chosen": "good", "rejected": "bad"})
     assert "this dataset has no column for chosen and prompt" in message(raised)
@@ -700,7 +700,7 @@ def test_a_map_does_not_take_the_place_of_a_pair_that_one_set_alone_has(tmp_path
     write_jsonl(other, [row | {"chosen": "Red.", "rejected": "Eight."} for row in named])
     column_map = {"chosen": "good", "rejected": "bad"}
     with pytest.raises(
-        DataError, match=r"b\.jsonl: it uses good and bad for chosen and rejected, but only"
+        DataError, match=r"b\.jsonl: the map reads chosen and rejected from good and bad, but only"
     ) as raised:
         read(f"{one},{other}", column_map=column_map)
     (line,) = re.findall(r"data\.column_map=[^\s;]+", raised.value.fix)
@@ -989,7 +989,7 @@ def test_the_seed_chooses_the_held_out_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rows", "size"), [(1, 0.02), (5, 5), (5, 0.95)])
 def test_too_few_prompts_to_split(tmp_path: Path, rows: int, size: float) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", some_rows(rows))
-    with pytest.raises(DataError, match="leaves none to train on") as raised:
+    with pytest.raises(DataError, match="and leaves none to train on") as raised:
         split(path, size, 0)
     message(raised)
 
@@ -1103,7 +1103,9 @@ def test_a_single_file_has_no_splits(tmp_path: Path) -> None:
 def test_what_a_pattern_takes_is_not_held_out_as_well(tmp_path: Path, split: str) -> None:
     for name in ("train", "more", "test"):
         write_jsonl(tmp_path / f"{name}.jsonl", some_rows(3))
-    with pytest.raises(DataError, match=r"test\.jsonl: also held out") as raised:
+    with pytest.raises(
+        DataError, match=r"test\.jsonl: used for training, but also held out"
+    ) as raised:
         training_sources(
             section(dataset_name=f"{tmp_path}/*.jsonl", dataset_test_split=split.format(tmp_path))
         )

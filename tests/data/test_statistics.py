@@ -434,7 +434,7 @@ def test_a_template_that_changes_more_pairs_than_allowed_is_refused(
     code, _, said = look(f"data.chat_template={short}")
     assert code == 4
     assert (
-        f"data.chat_template: 11 of 20 pairs: {reason} (11, the first at coffee.csv:3, "
+        f"data.chat_template: it fails on 11 of 20 pairs: {reason} (11, the first at coffee.csv:3, "
         f"coffee.csv:12, coffee.csv:13)" in said
     )
     assert "expected: at most 3 such pairs" in said

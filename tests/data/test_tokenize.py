@@ -550,7 +550,7 @@ def test_tokenizers_that_cannot_be_used(bpe: PreTrainedTokenizerFast) -> None:
     plain = section(chat_template="none")
     bare = Pair((user("q"),), "a", "b", "x:2")
     with pytest.raises(
-        DataError, match=r"x:2: a conversation, but data\.chat_template: none"
+        DataError, match=r"x:2: the row holds a conversation, but data\.chat_template=none"
     ) as raised:
         tokenize([colour(), bare], bpe, plain)
     message(raised)
@@ -609,7 +609,8 @@ def test_faults_are_reported_together_when_all_is_read(bpe: PreTrainedTokenizerF
             kept += 1
     assert kept == len(pairs) - 3
     assert all(
-        f"x:{place}: a conversation" in message(raised) for place in (0, BATCH, BATCH * 2 + 2)
+        f"x:{place}: the row holds a conversation" in message(raised)
+        for place in (0, BATCH, BATCH * 2 + 2)
     )
 
 

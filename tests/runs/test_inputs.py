@@ -258,7 +258,7 @@ def test_few_pairs_are_put_down_to_the_rows_that_were_left_out(small_recipe: Bui
         DataError, match=r"1 of 2 rows were left out: 1 empty chosen \(first pairs.jsonl:2\)"
     ) as raised:
         sides(small_recipe())
-    assert "After that, holding out 0.2 of 1 pairs" in str(raised.value)
+    assert "For the other rows: a size of 0.2 holds out every pair (pairs: 1, " in str(raised.value)
     assert raised.value.fix.values == {"data.test_split_size": 0}  # type: ignore[attr-defined]
 
 
@@ -595,7 +595,9 @@ def test_an_entry_that_cannot_be_read_again(
     small_recipe: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "load", lambda _: None)
-    with pytest.raises(FitError, match="the tokens that were written cannot be read"):
+    with pytest.raises(
+        FitError, match="tokens were written to this folder, but they cannot be read"
+    ):
         sides(small_recipe())
 
 

@@ -1,6 +1,7 @@
-"""Apply data.column_map to rows. Datasets and files may have different names for a column.
+"""Apply data.column_map to rows: rename their columns to standard names.
 
-"Standard names" are the names in ``COLUMNS``, such as prompt and chosen.
+Standard names are the names in ``COLUMNS``, such as prompt and chosen. Several datasets or files
+may have different names for the same standard column.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DETECTION_ROWS = 100  # rows that the detection of the format examines
 def apply_column_map(row: Row, column_map: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Return the row with standard names, and with all messages in the form {role, content}.
 
-    ``column_map``: standard name -> columns. The first of these columns in the row is used.
+    ``column_map``: standard name -> possible columns. The first one that the row has is used.
     """
     out = {key: value for key, value in row.items() if key not in column_map}
     for ours, names in column_map.items():
@@ -51,9 +52,9 @@ def _first_present(names: Sequence[str], columns: Collection[str]) -> str | None
 def source_columns(
     column_map: Mapping[str, Sequence[str]], rows: Sequence[Row]
 ) -> dict[str, list[str]]:
-    """Return standard name -> the columns of these rows that are read for it.
+    """Return the columns that are read from these rows: standard name -> columns.
 
-    There are several columns if the files of a folder use different names.
+    A standard name has several columns if the files of a folder use different names for it.
     """
     found: dict[str, list[str]] = {}
     for ours, names in column_map.items():
@@ -63,20 +64,26 @@ def source_columns(
 
 
 def present_columns(data: DataSection, rows: Sequence[Row]) -> dict[str, str]:
-    """Return the entries of data.column_map that fit these rows: standard name -> column."""
+    """Return the entries of data.column_map that fit these rows: standard name -> column.
+
+    An entry fits if at least one of its columns is in the rows. The first such column is returned.
+    """
     columns = {key for row in rows for key in row}
     firsts = {ours: _first_present(names, columns) for ours, names in data.columns.items()}
     return {ours: first for ours, first in firsts.items() if first is not None}
 
 
 def missing_columns(data: DataSection, rows: Sequence[Row]) -> set[str]:
-    """Return the columns of those data.column_map entries that fit none of these rows."""
+    """Return all columns of the data.column_map entries that have no column in these rows."""
     found = present_columns(data, rows)
     return {name for ours, names in data.columns.items() if ours not in found for name in names}
 
 
 def first_rows_with(source: Source, missing: set[str], max_samples: int | None) -> list[Row]:
-    """Return the first row with each of the missing columns, if there is such a row."""
+    """Return, for each column in ``missing``, the first row that has this column, if any.
+
+    Only the first ``max_samples`` rows are searched (None: all rows).
+    """
     columns = source.columns() if missing else None
     if columns is not None:
         missing = missing & columns  # do not search a whole table for a column that it lacks
@@ -93,7 +100,10 @@ def first_rows_with(source: Source, missing: set[str], max_samples: int | None) 
 
 
 def refuse_unknown_columns(data: DataSection, sources: Sequence[Source]) -> None:
-    """Raise DataError for columns in data.column_map that no training or held-out dataset has."""
+    """Raise DataError if data.column_map names columns that are in none of these datasets.
+
+    ``sources``: the training and the held-out datasets.
+    """
     unknown = {name for names in data.columns.values() for name in names}
     found: dict[str, None] = {}
     for source in sources:
@@ -129,7 +139,7 @@ def check_column_map(column_map: Mapping[str, Sequence[str]]) -> None:
         raise DataError(
             where="data.column_map",
             found=f"{join_names(*unknown)} {is_not}",
-            expected="a standard name, then the dataset's column, such as chosen=good",
+            expected="first a standard name, then the dataset's column: chosen=good",
             fix=reworded(setting, f"swap the two names: {setting}"),
         )
     near = {name: difflib.get_close_matches(name, COLUMNS, n=1) for name in unknown}
@@ -151,8 +161,8 @@ def _refuse_names(
     has_entries = bool(setting.values["data.column_map"])
     raise DataError(
         where="data.column_map",
-        found=f"no {' and no '.join(map(repr, sorted(names)))}",
-        expected=f"names among {', '.join(options)}",
+        found=f"unknown names: {', '.join(map(repr, sorted(names)))}",
+        expected=f"some of these names: {', '.join(options)}",
         fix=reworded(setting, f"did you mean {setting}?")
         if has_entries
         else Overrides({"data.column_map": {}}),
@@ -160,10 +170,10 @@ def _refuse_names(
 
 
 def column_map_setting(columns: Mapping[str, Sequence[str]]) -> Overrides:
-    """Return the data.column_map setting, quoted for a shell.
+    """Return a data.column_map setting with these columns, quoted for a shell.
 
-    The value has the short form chosen=good,rejected=bad if all names of columns fit in it.
-    Otherwise it is a YAML mapping.
+    The value has the short form chosen=good,rejected=bad. If a column's name does not fit in this
+    form, for example because it contains a comma, the value is a YAML mapping.
 
     ``columns``: standard name -> the column, or the columns of several datasets.
     """

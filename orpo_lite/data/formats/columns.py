@@ -1,9 +1,9 @@
-"""Find the type of value of each column, and the columns that hold prompt, replies and so on.
+"""Find the value type of each column, and the columns that hold the prompt, the replies and so on.
 
-Only the first rows of a dataset are examined. A column's type is the type of most of its values;
-empty values do not count. A column without a standard name (``COLUMNS``) is used only if it is the
-only candidate, or if all candidates have equal values in every row. Otherwise an error lists the
-data.column_map settings to choose from.
+Only the first rows of a dataset are examined. A column's type is the type of most of its values,
+except empty values. A column with another name than a standard one (``COLUMNS``) is used only if it
+is the only candidate, or if all candidates have equal values in every row. Otherwise, an error
+lists the data.column_map settings to choose from.
 """
 
 import re
@@ -83,17 +83,17 @@ LIST_NAMES: dict[ValueType, tuple[str, ...]] = {
 
 @dataclass
 class ColumnProfile:
-    """The first rows of a dataset, the value type of each column, and the columns chosen so far."""
+    """The first rows of a dataset, each column's value type, and the columns assigned so far."""
 
     rows: Sequence[Row]
     mapped: Mapping[str, str]
-    """data.column_map, already applied to the rows. For its names, no other columns are tried."""
+    """data.column_map, already applied to the rows. A name in it has no other candidates."""
     plain: bool
     """True if data.chat_template is none."""
     others: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The part of data.column_map that other datasets use."""
     assigned: dict[str, str] = field(default_factory=dict)
-    """Standard name -> the column that has been chosen for it."""
+    """Standard name -> the column that is read for it."""
     texts: Collection[str] = ()
     """Standard names of columns that are read as texts, even if they look like JSON messages."""
     verdict: Callable[[Any], str | None] | None = None
@@ -185,7 +185,7 @@ class ColumnProfile:
     def holds_labels(self, column: str) -> bool:
         """Return whether the column holds labels, such as verdicts or topics, and no replies.
 
-        Labels are single words that are names of other columns, or that repeat often.
+        Labels are single words. Either all of them are names of columns, or they repeat often.
         """
         if self.type_of(column) not in TEXTS:
             return False
@@ -203,7 +203,7 @@ class ColumnProfile:
         return found or [self.reply_columns[name] for name in names if name in self.reply_columns]
 
     def column_named(self, name: str) -> str:
-        """Return the first column with this name; the name itself if there is none."""
+        """Return the first column with this name, or the name itself if there is no such column."""
         if name in self.types:
             return name
         found = self.columns_named(name)
@@ -247,7 +247,7 @@ class ColumnProfile:
         return found in (LISTS if expected in LISTS else (expected,))
 
     def share(self, test: Callable[..., bool], *columns: str) -> float:
-        """Return the share of rows that pass the test. Rows with an empty value are ignored."""
+        """Return the share of rows whose values pass the test. Empty values are ignored."""
         values = self.values(*columns)
         return sum(bool(test(*row)) for row in values) / len(values) if values else 0.0
 
@@ -273,7 +273,7 @@ class ColumnProfile:
                 self.assigned[ours] = self.column_named(name)
 
     def candidates(self, canonical: str) -> list[str]:
-        """Return the columns that could be read as a standard column, such as prompt."""
+        """Return the columns that could be read as the standard column ``canonical``."""
         is_decided = canonical in self.mapped
         if is_decided or (canonical == "prompt" and self.type_of("prompt") == "messages"):
             found = self.type_of(canonical) != "missing"
@@ -299,26 +299,26 @@ class ColumnProfile:
         return named
 
     def is_alpaca(self) -> bool:
-        """Return whether there is an instruction with an input or a history, as in Alpaca.
+        """Return whether there is a column instruction, and input or history too, as in Alpaca.
 
-        The input is a text that the instruction refers to, often empty. History: earlier turns.
+        ``input``: a text that the instruction refers to, often empty. ``history``: earlier turns.
         """
         if self.type_of("instruction") == "missing":
             return False
         return self.type_of("input") in (*TEXTS, "null") or self.type_of("history") == "messages"
 
     def agree(self, one: str, other: str) -> bool:
-        """Return whether the column ``one`` is the column ``other`` or holds the same values."""
+        """Return whether ``one`` and ``other`` are the same column or hold the same values."""
         if self.column_named(other) == one:
             return True
         return self.type_of(other) != "missing" and not self._differ(one, other)
 
     def _differ(self, one: str, other: str) -> bool:
-        """Return whether two columns differ in some row. Spaces around a text are ignored."""
+        """Return whether two columns differ in any row. Spaces around a text are ignored."""
         return any(a != b and str(a).strip() != str(b).strip() for a, b in self.values(one, other))
 
     def templated(self) -> list[str]:
-        """Return the standard names of columns with template markers in 10% or more of the rows."""
+        """Return the standard names of columns with template markers in at least 10% of rows."""
         return [
             name
             for name, column in self.assigned.items()
@@ -335,8 +335,8 @@ class ColumnProfile:
             settings += [self.setting(prompt=p, input=s) for s in subjects for p in prompts]
         raise DataError(
             where="data.column_map",
-            found=f"{join_names(*columns)} could each be the {canonical}, and they differ",
-            expected=f"one {canonical}",
+            found=f"{join_names(*columns)} could each be the {canonical}, but they differ",
+            expected=f"one column for the {canonical}",
             fix=one_of(settings),
         )
 
@@ -351,16 +351,16 @@ class ColumnProfile:
             setting = self.settings("prompt", raw)
             raise DataError(
                 where="data.column_map",
-                found=f"{join_names(*templated)} holds earlier turns as a text, which is not read",
+                found=f"{columns_hold(*templated)} earlier turns as one text, which is not read",
                 expected="messages, or pairs [user, assistant]",
                 fix=reworded(setting, f"write it as messages, or {setting} to leave it out"),
             )
         refuse_templated(self, [*templated, *replies], () if replies else raw)
 
     def setting(self, **columns: str) -> Overrides:
-        """Return the data.column_map setting that assigns these columns: standard name=column.
+        """Return a data.column_map setting with these columns: standard name=column.
 
-        It keeps the present entries that do not conflict with them.
+        The current entries of data.column_map are kept if they do not conflict with these columns.
         """
         theirs = {ours: self.mapped.get(column, column) for ours, column in columns.items()}
         replaced = set(theirs)
@@ -378,13 +378,13 @@ class ColumnProfile:
         return column_map_setting({**self.others, **lists})
 
     def settings(self, canonical: str, columns: Iterable[str]) -> str:
-        """Return settings joined by "or". Each maps one of ``columns`` to ``canonical``."""
+        """Return one setting per column, joined by "or". Each reads ``canonical`` from a column."""
         return one_of(self.setting(**{canonical: column}) for column in columns)
 
     # --- convert rows for their reader
 
     def replies_are_json(self) -> bool:
-        """Return whether chosen and rejected are messages as JSON texts, with a text as prompt."""
+        """Return whether replies are JSON texts with messages, although the prompt is a text."""
         columns = [self.column_named(reply) for reply in REPLIES]
         if not all(isinstance(row.get(column), str) for row in self.raw for column in columns):
             return False
@@ -393,8 +393,8 @@ class ColumnProfile:
     def renamed(self, row: Row, where: str) -> Row:
         """Return the row with standard names, and JSON texts as lists.
 
-        Optional columns, such as system, are left out unless they were chosen. Raises RowError if
-        the type of a value is not the type of its column.
+        Optional columns, such as system, are left out unless a column was assigned to them. Raises
+        RowError if the type of a value is not the type of its column.
         """
         row = {
             **self._normalized(row),
@@ -416,7 +416,7 @@ class ColumnProfile:
         return out
 
     def with_source_column(self, where: str) -> str:
-        """Return an error's ``where`` with the dataset's column instead of the standard name."""
+        """Return an error's ``where`` with the dataset's column: field chosen -> field good."""
         place, mark, rest = where.partition(", field ")
         name = re.match(r"\w*", rest)[0]  # type: ignore[index]
         column = self.assigned.get(name, name)
@@ -424,7 +424,7 @@ class ColumnProfile:
         return f"{place}{mark}{theirs}{rest.removeprefix(name)}"
 
     def _check(self, value: Any, column: str, where: str, *, is_reply: bool) -> None:
-        """Raise RowError if a value would be misread: its type is not the type of its column."""
+        """Raise RowError if a value has another type than its column, and would be misread."""
         expected, name = self.type_of(column), join_names(column)
         if isinstance(value, str):
             if is_reply and expected == "messages" and value.lstrip()[:1] not in ("[", "{"):
@@ -477,7 +477,7 @@ def refuse_templated(
 ) -> NoReturn:
     """Raise DataError for columns whose texts already have a chat template applied.
 
-    ``raw``: columns that hold the prompt without a template.
+    ``raw``: columns that hold the prompt without template markers.
     """
     columns = [profile.column_named(profile.assigned.get(name, name)) for name in names]
     values = [value for column in columns for (value,) in profile.values(column)]
@@ -488,12 +488,13 @@ def refuse_templated(
     elif not raw and not any(begins_templated(value) for value in values):
         markers = Counter(marker for value in values if (marker := end_marker(value)))
         fix = (
-            f"remove {' and '.join(markers)} from the ends of {join_names(*columns)}: the model's "
-            "own marker is added there; or data.chat_template=none to train on the unchanged texts"
+            f"remove {' and '.join(markers)} from the end of the texts in {join_names(*columns)}, "
+            "because orpo-lite adds the model's own marker; or data.chat_template=none to train on "
+            "the unchanged texts"
         )
     raise DataError(
         where="data.chat_template",
         found=f"{columns_hold(*columns)} text that already has a chat template applied",
-        expected="text without markers: the template would add them again",
+        expected="texts without markers, because the chat template adds its own markers",
         fix=fix,
     )

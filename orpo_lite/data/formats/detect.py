@@ -91,8 +91,8 @@ def detect_format(
     Args:
         rows: the first rows, after data.column_map was applied.
         name: data.format: a key of READERS, or auto. The columns are detected in both cases.
-        mapped: data.column_map for these rows: standard name -> column, the only candidate for it.
-        plain: True if data.chat_template is none: texts with template markers are then accepted.
+        mapped: data.column_map for these rows: standard name -> the only column considered for it.
+        plain: True if data.chat_template is none. Only then, texts may have template markers.
         others: the entries of data.column_map for other datasets. Suggested settings keep them.
 
     Raises DataError with the setting to use, if no format fits, if the rows can be read in two
@@ -170,7 +170,7 @@ def _make_reader(profile: ColumnProfile, name: str, replies: Sequence[str]) -> R
 def _is_doubled(profile: ColumnProfile, name: str, read: Reader) -> bool:
     """Return whether both replies begin with the prompt in nearly all rows.
 
-    Raises DataError if they do in some rows and not in others.
+    Raises DataError if only some rows repeat it, or if often only one reply does.
     """
     rests = [
         texts_after_prompt(pair) for pair in _readable_pairs(profile, read) if pair.drop is None
@@ -184,11 +184,11 @@ def _is_doubled(profile: ColumnProfile, name: str, read: Reader) -> bool:
         shares = f"{sum(chosen) / total:.0%} of chosen and {sum(rejected) / total:.0%} of rejected "
         fix = Overrides({"data.format": name}, " to leave it in the replies")
         if name in TEXT_FORMATS:
-            fix = Overrides({"data.format": "doubled"}, f" to remove it where it is, or {fix}")
+            fix = Overrides({"data.format": "doubled"}, f" to remove the prompt, or {fix}")
         raise DataError(
             where="data.format",
-            found=f"{shares}repeat the prompt in the first {len(rests)} rows",
-            expected="the prompt repeated in all rows or in none",
+            found=f"{shares}begin with the prompt again in the first {len(rests)} rows",
+            expected="replies that begin with the prompt in all rows or in none",
             fix=fix,
         )
     return both >= NEARLY_ALL
@@ -201,7 +201,7 @@ def _readable_pairs(profile: ColumnProfile, read: Reader) -> Iterator[Pair]:
 
 
 def is_known(column: str) -> bool:
-    """Return whether a column's name can change the detected format."""
+    """Return whether a column with this name can change which format is detected."""
     return plain_name(column) in KNOWN or plain_name(column) in VERDICTS
 
 
@@ -335,7 +335,7 @@ def _ranked(profile: ColumnProfile, *, requested: bool = False) -> Found:
         measure = _find_scores(profile, completions)
         reason = (
             f"{join_names(completions)} is a list of texts and "
-            f"{join_names(measure)} is a list of their numbers"
+            f"{join_names(measure)} is a list of their scores or ranks"
         )
     else:
         measure = _find_measure(profile, completions)
@@ -345,7 +345,7 @@ def _ranked(profile: ColumnProfile, *, requested: bool = False) -> Found:
 
 
 def _find_scores(profile: ColumnProfile, completions: str) -> str:
-    """Return the column with the scores or ranks of texts. Raises DataError unless there is one."""
+    """Return the column with the answers' scores or ranks. Raises DataError unless one is clear."""
     wanted = [name for name in ("scores", "ranks") if name in profile.mapped]
     wanted = wanted or ["scores", "ranks"]
     columns = [column for name in wanted if (column := profile.find(name))]
@@ -374,7 +374,7 @@ def _find_measure(profile: ColumnProfile, completions: str) -> str:
 
 
 def _is_judged(profile: ColumnProfile) -> bool:
-    """Return whether data.column_map names the verdict. Then chosen and rejected are ignored."""
+    """Return whether data.column_map names a verdict. If so, chosen and rejected are ignored."""
     return bool(profile.mapped.keys() & {*EITHER_VERDICT})
 
 
@@ -435,7 +435,7 @@ def _find_input(profile: ColumnProfile) -> None:
 
 
 def _find_history(profile: ColumnProfile) -> None:
-    """Find the earlier turns. Skip them if they are in the prompt, or end with prompt and reply."""
+    """Find the column of earlier turns. Skip it if they are in the prompt or end with the pair."""
     column, prompt = profile.find("history"), profile.assigned.get("prompt")
     if column is None or prompt is None or "history" in profile.mapped:
         return
@@ -466,9 +466,9 @@ def _find_system(profile: ColumnProfile) -> str | None:
 
 
 def _find_prompt(profile: ColumnProfile) -> tuple[str, str] | None:
-    """Return (prompt or conversation, column) for the column that the replies answer; else None.
+    """Return (prompt or conversation, column) for the column that the replies answer, or None.
 
-    A conversation is preferred. Raises DataError if it does not contain a prompt column's texts.
+    A conversation is preferred. Raises DataError if it lacks the texts of a prompt column.
     """
     conversation = profile.find("conversation")
     if conversation is None or "prompt" in profile.mapped:
@@ -487,8 +487,8 @@ def _find_prompt(profile: ColumnProfile) -> tuple[str, str] | None:
         setting = profile.setting(conversation=conversation)
         raise DataError(
             where="data.column_map",
-            found=f"{columns} could each be what the replies answer, and they differ",
-            expected="one conversation, or one prompt",
+            found=f"{columns} could each be what the replies answer, but they differ",
+            expected="one column with the conversation or the prompt",
             fix=one_of([setting, profile.settings("prompt", rivals)]),
         )
     return "conversation", conversation

@@ -52,7 +52,7 @@ def normalize(value: Any, column: str = "") -> Any:
     - a text in parts: [{"type": "text", "text": ...}, ...]
     - an object of lists, as in a table: {"role": [...], "content": [...]}
     - an object that contains a text or messages: {"text": ..., "score": 9}, {"messages": [...]}
-    - pairs [user, assistant], in a column history
+    - a list of pairs [user, assistant], only in a column with the name history
     """
     if isinstance(value, Mapping):
         return _unwrap(value, column)
@@ -73,7 +73,7 @@ def _is_input_output(item: Any) -> bool:
 
 
 def is_pair_list(value: Any) -> bool:
-    """Return whether a value is a list of lists of two texts."""
+    """Return whether a value is a list of pairs of texts: [["a", "b"], ["c", "d"]]."""
     return isinstance(value, list) and all(
         isinstance(pair, list | tuple) and [type(text) for text in pair] == [str, str]
         for pair in value
@@ -141,5 +141,5 @@ def _unwrap(value: Mapping[str, Any], column: str) -> Any:
 
 
 def _is_label(value: Any) -> bool:
-    """Return whether a value may be an id, a score or a name, and is not a text."""
+    """Return whether a value may be an id, a score or a name. Texts with spaces are not."""
     return not isinstance(value, str) or re.fullmatch(r"[\w.:/+-]*", value, re.ASCII) is not None

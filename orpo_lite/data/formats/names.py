@@ -64,7 +64,7 @@ NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, res
 
 
 def names_better(column: str) -> bool:
-    """Return whether a column's name says that its values name the better answer.
+    """Return whether a column with this name should say in each row which answer is better.
 
     ``winner`` -> True, ``loser`` -> False, ``best_0`` -> False (it is about one answer only).
     """
@@ -74,7 +74,7 @@ def names_better(column: str) -> bool:
 
 
 def reply_named_by(column: str) -> str | None:
-    """Return chosen or rejected if a column's name clearly means that reply, else None.
+    """Return chosen or rejected if a column's name clearly means one of them, else None.
 
     ``good_answer`` -> ``chosen``, ``not_preferred`` -> ``rejected``, ``less_preferred`` -> None.
     """
@@ -92,7 +92,7 @@ def reply_named_by(column: str) -> str | None:
 
 
 def is_reply(column: str) -> bool:
-    """Return whether a column's name says that it holds replies.
+    """Return whether a column with this name should hold replies.
 
     ``chosen_response`` -> True, ``chosen_critique`` -> False.
     """
@@ -102,24 +102,24 @@ def is_reply(column: str) -> bool:
 
 
 def is_answer(column: str) -> bool:
-    """Return whether a column is named as one of several answers: ``response_1``, ``answer_b``."""
+    """Return whether a name means one of several answers: ``response_1``, ``answer_b``."""
     match = NUMBERED.fullmatch(column)
     return match is not None and any(word in match[1].lower() for word in ANSWER_WORDS)
 
 
 def plain_name(column: str) -> str:
-    """Return a name in one form: ``System Prompt``, ``systemPrompt`` -> ``system_prompt``."""
+    """Return a name in snake case: ``System Prompt`` or ``systemPrompt`` -> ``system_prompt``."""
     separated = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())
     return re.sub(r"[\s_-]+", "_", separated).lower()
 
 
 def words(column: str) -> list[str]:
-    """Return the words of a column's name: ``good_answer2``, ``GoodAnswer`` -> good, answer."""
+    """Return a name's words: ``good_answer2`` or ``GoodAnswer`` -> ``["good", "answer"]``."""
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", column)]
 
 
 def join_names(*columns: str) -> str:
-    """Return the names for a sentence: "a, b and c". Control characters are escaped."""
+    """Join names for a sentence: "a, b and c". A name with control characters is escaped."""
     names = [column if column.isprintable() else repr(column) for column in columns]
     if not names:
         return ""

@@ -59,7 +59,7 @@ Reader = Callable[[Row, str], Pair]
 
 
 def read_pair(row: Row, where: str) -> Pair:
-    """Read two replies to a prompt or a conversation, or two whole conversations.
+    """Read a row with two replies to a prompt or a conversation, or with two whole conversations.
 
     Each reply may be a text, a single message or a list of messages.
     """
@@ -67,7 +67,7 @@ def read_pair(row: Row, where: str) -> Pair:
 
 
 def read_implicit(row: Row, where: str) -> Pair:
-    """Read TRL's implicit prompt: chosen and rejected begin alike, as messages or as texts."""
+    """Read TRL's implicit prompt: the common start of chosen and rejected, messages or texts."""
     if not isinstance(row.get("chosen"), str) or isinstance(row.get("rejected"), list):
         return _join(row, (), None, where)
     chosen, rejected = (text_of(row, reply, where) for reply in ("chosen", "rejected"))
@@ -83,8 +83,8 @@ def read_hh_rlhf(row: Row, where: str) -> Pair:
     """Read Anthropic's HH-RLHF: chosen and rejected are dialogues with turn markers, one text each.
 
     The reply follows the last assistant marker. The space after a marker belongs to the marker.
-    Text before the first turn is a system text. Some datasets hold the dialogue in prompt, and only
-    the replies in chosen and rejected.
+    Text before the first turn is a system text. In some datasets, prompt holds the dialogue, and
+    chosen and rejected hold only the replies.
     """
     if isinstance(row.get("prompt"), str) and not is_whole_dialogue(text_of(row, "chosen", where)):
         turns, prompt = read_dialogue_prompt(row, where)
@@ -104,9 +104,9 @@ def read_hh_rlhf(row: Row, where: str) -> Pair:
 
 
 def read_doubled(row: Row, where: str) -> Pair:
-    """Read a prompt, and texts chosen and rejected that repeat the prompt at their start.
+    """Read a row in which the texts chosen and rejected begin with the prompt again.
 
-    The repeated prompt is removed from each reply that has it.
+    The repeated prompt is removed from each reply that begins with it.
     """
     return without_repeated_prompt(read_pair(row, where))
 
@@ -114,7 +114,7 @@ def read_doubled(row: Row, where: str) -> Pair:
 def read_alpaca(row: Row, where: str) -> Pair:
     """Read Alpaca: an instruction (as prompt), an optional input, and two replies.
 
-    The replies are chosen and rejected, or output: [chosen, rejected].
+    The replies are in the columns chosen and rejected, or in one list, output: [chosen, rejected].
     """
     output = row.get("output")
     if row.get("chosen") is None and isinstance(output, list):
@@ -142,9 +142,9 @@ def read_ranked(row: Row, where: str) -> Pair:
 
 
 def read_judged(row: Row, where: str) -> Pair:
-    """Read two answers, texts or whole conversations, and a verdict.
+    """Read two answers and a verdict. The answers are texts or whole conversations.
 
-    The verdict is a, b or tie in the column better. It is blank if nobody judged the answers.
+    The verdict in the column better is a, b or tie. It is blank if nobody judged the answers.
     """
     if "better" in row and not str(row["better"] or "").strip():
         return Pair((), "", "", where, drop=UNJUDGED)
@@ -175,9 +175,10 @@ READERS: dict[str, Reader] = {
 
 
 def pair_without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
-    """Return a pair to leave out if the chosen or the rejected reply is null; else None.
+    """If a reply is null, return a pair with the reason to leave it out; else return None.
 
-    An empty csv cell is null. ``fields``: the columns of chosen and rejected, or one for both.
+    ``fields``: the columns of chosen and rejected, or one column that holds both replies. An empty
+    csv cell is null.
     """
     for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=False):
         if field in row and row[field] is None:
@@ -186,7 +187,10 @@ def pair_without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | No
 
 
 def without_repeated_prompt(pair: Pair) -> Pair:
-    """Return the pair after removing a repeated prompt, or its last turns, from the replies."""
+    """Return the pair after removing the prompt from replies that begin with it again.
+
+    A reply may also begin with only the last turns of the prompt. These are removed too.
+    """
     texts = (pair.chosen, pair.rejected)
     rests = texts_after_prompt(pair)
     repeats = [(text, rest) for text, rest in zip(texts, rests, strict=True) if rest is not None]
@@ -211,9 +215,10 @@ def without_repeated_prompt(pair: Pair) -> Pair:
 
 
 def texts_after_prompt(pair: Pair) -> list[str | None]:
-    """Return chosen and rejected after removing the prompt, or its last turns, from their start.
+    """Return the texts that follow a repeated prompt in chosen and in rejected.
 
-    Returns None for a reply that does not begin with the prompt or its last turns.
+    A reply may begin with the whole prompt or with only its last turns. If a reply begins with
+    neither, its result is None.
     """
     return [_text_after_turns(pair.messages, text) for text in (pair.chosen, pair.rejected)]
 
@@ -240,8 +245,8 @@ def _pair(
 ) -> Pair:
     """Return the pair, with the row's earlier turns and system text in front. For all formats.
 
-    The system text is not added if the conversation has a system turn, or a user turn that begins
-    with the system text.
+    The system text is not added if the conversation already has a system turn, or a user turn that
+    begins with the system text.
     """
     if earlier := _history(row, where):
         before = _join_turns(earlier, before)
@@ -283,7 +288,7 @@ def _join(
     chosen, rejected = (reply["content"] for _, reply in conversations)
     before, other_before = before or other_before, other_before or before
     if not before:
-        expected = "the user's turn, or a prompt"
+        expected = "a user turn before the reply, or a prompt"
         raise row_error(where, fields[0], "there is nothing before the reply", expected)
     drop = None
     if not _same_turns(before, other_before):
@@ -299,8 +304,9 @@ def _without_answer(
 ) -> Sequence[Message]:
     """Return the prompt without a reply at its end, which some datasets include.
 
-    A prompt that ends with an assistant turn is returned unchanged if it holds earlier turns, which
-    the conversations in chosen and rejected continue. Otherwise that turn must be a reply.
+    If the prompt ends with an assistant turn, there are two cases. Usually this turn is one of the
+    two replies and is removed. But if chosen and rejected hold conversations that continue the
+    prompt, the prompt is returned unchanged.
     """
     if not prompt or prompt[-1]["role"] != "assistant":
         return prompt
@@ -311,8 +317,8 @@ def _without_answer(
             return prompt
     if any(_same_turns(prompt[-1:], [reply]) for _, reply in conversations):
         return prompt[:-1]
-    found = "it ends with an assistant's turn that is neither reply"
-    raise row_error(where, "prompt", found, "turns that wait for a reply")
+    found = "it ends with an assistant turn that is neither of the two replies"
+    raise row_error(where, "prompt", found, "a prompt that ends with a user turn")
 
 
 def _join_turns(earlier: Sequence[Message], turns: Sequence[Message]) -> list[Message]:
@@ -481,7 +487,7 @@ def _score(value: Any, where: str, label: str) -> float | None:
 
 
 def has_unread_fields(row: Row) -> bool:
-    """Return whether a row has content that belongs to the pair but is not read, such as tools."""
+    """Return whether a row has content of the pair that is not read, such as tools or images."""
     values = [value if isinstance(value, list) else [value] for value in row.values()]
     messages = [item for items in values for item in items if is_message(item)]
     unread = [item.get(key) for item in (row, *messages) for key in UNREAD_KEYS]

@@ -1,4 +1,4 @@
-"""Raise errors for datasets whose format is not clear. Each error has the setting that helps."""
+"""Raise errors for datasets whose format is not clear. The fix names the settings that help."""
 
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
@@ -29,7 +29,7 @@ from orpo_lite.errors import DataError, Overrides, one_of, reworded
 
 
 def refuse_python(profile: ColumnProfile) -> None:
-    """Raise DataError if a column that must be read holds lists in NumPy's printed form."""
+    """Raise DataError if a column that must be read holds lists as NumPy prints them: ['a' 'b']."""
     columns = [
         column
         for column, held in profile.types.items()
@@ -64,17 +64,17 @@ def refuse_mapped(profile: ColumnProfile) -> None:
         expected = [one for one in allowed if one not in ("null", "dialogue")]
         raise DataError(
             where="data.column_map",
-            found=f"{name} should be {ours}, but holds {held}",
+            found=f"{name} is mapped to {ours}, but holds {held}",
             expected=" or ".join(expected),
             fix=fix or f"no setting helps: change the values in {name}, or name another column",
         )
 
 
 def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
-    """Raise DataError if ranks count from 0.
+    """Raise DataError if the ranks in all rows count from 0, because their meaning is not clear.
 
-    A list such as 2, 0, 1 may hold the rank of each answer, or the indices of the answers with the
-    best answer first. These are different orders.
+    The list 2, 0, 1 may hold the rank of each answer. It may also hold answer indices, best first.
+    The two meanings give different rankings.
     """
 
     def counts_from_zero(numbers: Sequence[object]) -> bool:
@@ -85,11 +85,12 @@ def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
         raise DataError(
             where="data.column_map",
             found=f"the numbers in {join_names(ranks)} count from 0: they may be ranks of "
-            f"{join_names(completions)}, or indices with the best answer first",
-            expected="ranks from 1",
+            f"{join_names(completions)}, or indices of them, best first",
+            expected="ranks that count from 1",
             fix=reworded(
                 setting,
-                f"{setting} if they are ranks and the lowest is the best; convert indices to ranks",
+                f"{setting} if these are ranks and the lowest is the best; if they are indices, "
+                "convert them to ranks",
             ),
         )
 
@@ -97,7 +98,7 @@ def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
 def refuse_ranking(
     profile: ColumnProfile, completions: str, found: str, settings: Sequence[str] = ()
 ) -> NoReturn:
-    """Raise DataError for answers without scores or ranks that say which is the best."""
+    """Raise DataError because no score or rank clearly says which answer is the best."""
     if not settings and profile.type_of(completions) in LISTS:
         numbers = [
             column
@@ -112,15 +113,15 @@ def refuse_ranking(
         ]
     raise DataError(
         where="data.column_map",
-        found=f"{join_names(completions)} holds {found}: nothing says which answer is the best",
-        expected=f"answers that each have one of the keys {', '.join(MEASURES)}, or texts with a "
-        "column of scores or ranks",
+        found=f"{join_names(completions)} holds {found}: it is not clear which answer is the best",
+        expected=f"answers that each have one of the keys {', '.join(MEASURES)}; or texts, and one "
+        "other column with their scores or ranks",
         fix=one_of(settings) or f"no setting helps: {WRITE_PAIRS}",
     )
 
 
 def refuse_unknown(profile: ColumnProfile) -> NoReturn:
-    """Raise DataError for a dataset in an unknown format, with the types of its columns."""
+    """Raise DataError because no format fits. The error lists the columns and their types."""
     types = {name: profile.type_of(name) for name in ("prompt", *REPLIES)}
     empty = ("missing", "null")
     found = ", ".join(
@@ -208,19 +209,23 @@ def _name_replies(profile: ColumnProfile) -> str:
 def _name_prompt(profile: ColumnProfile) -> str:
     """Return the settings that read the prompt from a column, or from the replies themselves."""
     if profile.candidates("prompt"):
-        return "no setting helps: write chosen and rejected in the same form, as expected"
+        return "no setting helps: write both chosen and rejected as texts, or both as messages"
     settings: list[str] = [profile.setting(prompt=name) for name in prompt_columns(profile)[:3]]
     are_texts = all(profile.type_of(reply) in TEXTS for reply in REPLIES)
     if are_texts and profile.share(lambda *texts: bool(common_words(*texts)), *REPLIES) > 0:
         implicit = Overrides({"data.format": "implicit"}, " if both texts begin with the prompt")
         settings.append(implicit)
     return one_of(settings) or (
-        "no setting helps: add a column prompt with what the replies answer, as a text or messages"
+        "no setting helps: add a column prompt with what the replies answer, a text or messages"
     )
 
 
 def prompt_columns(profile: ColumnProfile) -> list[str]:
-    """Return columns that could hold the prompt: conversations, else by name, else by values."""
+    """Return the columns that could hold the prompt.
+
+    These are columns with conversations. If there are none, columns with a name such as question
+    are returned. If there are none of these either, columns with varied texts are returned.
+    """
     replies = [profile.column_named(reply) for reply in REPLIES]
     possible = [
         name
@@ -242,7 +247,7 @@ def _has_prompt_type(profile: ColumnProfile, column: str) -> bool:
 
 
 def could_be_prompt(profile: ColumnProfile, column: str) -> bool:
-    """Return whether a column could hold the prompt, by its values and not only by its name.
+    """Return whether a column could hold the prompt, judged by its values and its name.
 
     If no prompt was found but such a column exists, the dataset is refused.
     """
@@ -255,7 +260,7 @@ def could_be_prompt(profile: ColumnProfile, column: str) -> bool:
 
 
 def _holds_varied_texts(profile: ColumnProfile, column: str) -> bool:
-    """Return whether a column holds words, mostly different ones, and its name fits a prompt."""
+    """Return whether a column holds texts that are mostly different, and has no excluded name."""
     texts = [text for (text,) in profile.values(column)]
     wordy = sum(len(text.split()) > 1 or text.strip().isalpha() for text in texts)
     if not texts or wordy < NEARLY_ALL * len(texts) or len(set(texts)) <= len(texts) / 2:
@@ -264,9 +269,9 @@ def _holds_varied_texts(profile: ColumnProfile, column: str) -> bool:
 
 
 def single_reply(profile: ColumnProfile) -> str:
-    """Return a sentence that describes a dataset with one reply per prompt; "" for other datasets.
+    """Return a sentence about a dataset with one reply per prompt, or "" for other datasets.
 
-    People often mistake such datasets for pairs.
+    People often mistake a dataset with single replies for a dataset with pairs.
     """
 
     def first(names: Iterable[str], *types: str) -> list[str]:
@@ -282,6 +287,6 @@ def single_reply(profile: ColumnProfile) -> str:
         return ""
     names = join_names(*prompt, *reply, *label)
     if label:
-        return f"{names} are unpaired preferences, one reply with a label, as for KTO"
-    what = "are one reply to each prompt" if prompt else "holds one conversation a row"
+        return f"{names} hold single replies with a label, as for KTO, and no pairs"
+    what = "hold one reply per prompt" if prompt else "holds one conversation per row"
     return f"{names} {what}, as for supervised fine-tuning"

@@ -1,4 +1,4 @@
-"""Read texts of rows: dialogues with turn markers, common beginnings, numbers, and errors."""
+"""Read the texts of rows: dialogues with turn markers, common beginnings and missing values."""
 
 import math
 import re
@@ -21,15 +21,16 @@ def _plain_ends(text: str) -> str:
 
 
 def begins_dialogue(text: str) -> bool:
-    """Return whether a text is clearly a dialogue: it begins with a turn marker.
+    """Return whether a text is clearly a dialogue.
 
-    A text that only contains such markers may be about dialogues.
+    Such a text begins with a turn marker, such as "Human:", and has an assistant turn. A text with
+    markers only in the middle may be a text about dialogues.
     """
     return bool(_TURN_MARKER.match(text)) and ASSISTANT_MARKER in _plain_ends(text)
 
 
 def is_whole_dialogue(text: str) -> bool:
-    """Return whether a text is a dialogue with a human turn, not only a reply with its marker."""
+    """Return whether a text is a dialogue that has a human turn. A single reply has none."""
     has_human_turn = text.lstrip().startswith("Human:") or _HUMAN_MARKER in _plain_ends(text)
     return begins_dialogue(text) and has_human_turn
 
@@ -45,7 +46,11 @@ def is_dialogue(text: str) -> bool:
 
 
 def read_dialogue_prompt(row: Row, where: str) -> tuple[tuple[Message, ...], str]:
-    """Return the turns of a prompt that is a dialogue, and its text up to the reply."""
+    """Return the turns of a prompt that is a dialogue in one text, and this text.
+
+    The returned text ends with an assistant marker. If only the replies have this marker, it is
+    added to the prompt. Raises RowError if the text is no such prompt.
+    """
     text = _plain_ends(text_of(row, "prompt", where))
     if not text.rstrip().endswith(ASSISTANT_MARKER) and STARTS_WITH_MARKER.match(
         text_of(row, "chosen", where)
@@ -59,7 +64,11 @@ def read_dialogue_prompt(row: Row, where: str) -> tuple[tuple[Message, ...], str
 
 
 def split_dialogue(row: Row, field: str, where: str) -> tuple[str, tuple[Message, ...], str]:
-    """Return the text up to the last assistant marker, its turns, and the text after the marker."""
+    """Split a dialogue after its last assistant marker.
+
+    Returns the text up to the end of this marker, the turns in that text, and the reply after it.
+    Raises RowError for other texts.
+    """
     text = _plain_ends(text_of(row, field, where))
     head, marker, reply = text.rpartition(ASSISTANT_MARKER)
     lead, *parts = _TURN_MARKER.split(head)
@@ -92,9 +101,9 @@ _WORD = re.compile(r"\S+")
 
 
 def text_after(prompt: str, text: str) -> str | None:
-    """Return what follows the prompt in a text that begins with it; None for other texts.
+    """Return the rest of a text that begins with the prompt; None if it does not.
 
-    Compares words: the white space between them may differ.
+    The words of both are compared, so the white space between the words may differ.
     """
     *words, last = prompt.split() or [""]
     found = _WORD.finditer(text)
@@ -109,13 +118,13 @@ def text_after(prompt: str, text: str) -> str | None:
 
 
 def begins_with(words: str, text: str) -> bool:
-    """Return whether a text begins with these words. The last word must be complete too."""
+    """Return whether a text begins with whole words: "a b" begins "a b c", but not "a bc"."""
     end = text_after(words, text)
     return end is not None and not end[:1].strip()
 
 
 def common_start(one: str, other: str) -> str:
-    """Return the longest common beginning, by characters."""
+    """Return the longest common beginning of two texts, compared by characters."""
     if other.startswith(one):  # the usual case, and far faster
         return one
     for i, (a, b) in enumerate(zip(one, other, strict=False)):
@@ -125,9 +134,9 @@ def common_start(one: str, other: str) -> str:
 
 
 def common_words(one: str, other: str) -> str:
-    """Return the common beginning in whole words.
+    """Return the common beginning of two texts, in whole words.
 
-    "The sky is blue", "The sky is black" -> "The sky is".
+    "The sky is blue" and "The sky is black" -> "The sky is".
     """
     shared = common_start(one, other)
     if one == other or shared[-1:].isspace():
@@ -146,7 +155,7 @@ def is_absent(text: str) -> bool:
 
 
 def is_numeric(text: str) -> bool:
-    """Return whether a text is a finite number, or a word for a missing one."""
+    """Return whether a text is a finite number, or means a missing value: "" or N/A."""
     try:
         return text.strip().lower() in ABSENT or math.isfinite(float(text))
     except ValueError:
@@ -154,10 +163,13 @@ def is_numeric(text: str) -> bool:
 
 
 def text_of(row: Row, field: str, where: str, label: str = "") -> str:
-    """Return the text in a field. Raises RowError. ``label``: the field's name in the error."""
+    """Return the text in a field. Raises RowError if the field holds no valid text.
+
+    ``label``: the field's name in the error.
+    """
     value = row.get(field)
     if not isinstance(value, str):
-        parts = ', or parts {"type": "text", "text": ...} alone' if isinstance(value, list) else ""
+        parts = ', or only parts {"type": "text", "text": ...}' if isinstance(value, list) else ""
         raise row_error(where, label or field, describe(row, field), f"text{parts}")
     if not value.isascii():
         try:

@@ -1,6 +1,6 @@
 """Raise errors for columns that seem to be part of the prompt but would not be read.
 
-The name of such a column, or the turns in it, show that its content belongs before the reply.
+The name of such a column, or the turns in it, suggest that its content belongs before the reply.
 """
 
 from collections.abc import Iterable, Sequence
@@ -54,9 +54,9 @@ def refuse_unused(profile: ColumnProfile, name: str, *, requested: bool) -> None
     The error lists the settings to choose from.
 
     Args:
-        profile: the first rows.
+        profile: the first rows, and the columns that are read.
         name: the format in which the rows are read.
-        requested: True if data.format is set.
+        requested: True if data.format is set, and not auto.
     """
     # In this format, chosen and rejected contain everything before the reply.
     is_implicit = requested and name == "implicit"
@@ -106,11 +106,10 @@ def _refuse_prompts(profile: ColumnProfile, name: str, *, is_decided: bool) -> N
         if found.count(False) <= len(found) / 2:
             continue
         fix = _fix_prompts(profile, name, group[0], is_list=is_list)
-        are_not = "is not" if len(group) == 1 else "are not"
         counts = f"{found.count(False)} of {len(found)} rows"
         raise DataError(
             where="data.column_map",
-            found=f"{join_names(*group)} {are_not} in the conversations of {counts}",
+            found=f"the text in {join_names(*group)} is missing in the conversations of {counts}",
             expected="conversations that contain their prompt",
             fix=fix,
         )
@@ -192,7 +191,7 @@ def _refuse_turns(profile: ColumnProfile, name: str) -> None:
             raise DataError(
                 where="data.column_map",
                 found=f"{join_names(column)} is not read, but holds turns that no other column has",
-                expected="every turn before the reply in a column that is read",
+                expected="all turns before the reply in columns that are read",
                 fix=reworded(front or without, f"{first}, or {second}"),
             )
 
@@ -238,7 +237,7 @@ def _contains_prompt(turns: Any, prompt: Any) -> bool:
 
 
 def _setting_without(profile: ColumnProfile, name: str) -> str:
-    """Return the setting that names the prompt columns read now and so excludes others; else ""."""
+    """Return a setting that names the prompt columns in use, so that no others are read, or ""."""
     if conversation := profile.assigned.get("conversation"):
         return profile.setting(conversation=conversation)
     if "prompt" in profile.assigned:

@@ -35,7 +35,7 @@ SCALARS: tuple[ValueType, ...] = ("missing", "null", "number", "true or false")
 
 
 def value_type(value: Any, column: str = "") -> ValueType:
-    """Return the type of a value, after JSON in texts has been parsed."""
+    """Return the type of a value. If the value is a JSON text, return the type of its content."""
     match unpack_json(value, column):
         case None | []:
             return "null"
@@ -102,12 +102,12 @@ def are_texts(values: Sequence[Any]) -> bool:
 
 
 def is_blank(value: Any) -> bool:
-    """Return whether a value is empty: None, [], a blank text or "[]". Its type is "null"."""
+    """Return whether a value is empty, of the type "null": None, [], a blank text or "[]"."""
     return value.strip() in ("", "[]") if isinstance(value, str) else value is None or value == []
 
 
 def unpack_json(value: Any, column: str = "") -> Any:
-    """Parse a text that holds a list or messages as JSON, as in a table.
+    """Parse a text that holds a list or messages as JSON, such as a cell of a csv table.
 
     Any other value is returned unchanged.
     """
@@ -119,9 +119,9 @@ def unpack_json(value: Any, column: str = "") -> Any:
 
 
 def single_text(value: Any) -> str | None:
-    """Return the text in a list of one text; None for other values, and for JSON in a text.
+    """Return the text in a list of exactly one text: ["a"] -> "a". Return None for other values.
 
-    The list may be written as Python prints it.
+    The list may also be a text that Python printed: "['a']". A JSON text is not read as a list.
     """
     if isinstance(value, str) and _PYTHON.match(value) and not _is_json(value):
         value = _parsed(value)
@@ -131,7 +131,7 @@ def single_text(value: Any) -> str | None:
 
 
 def is_conversation(text: str) -> bool:
-    """Return whether a text is clearly messages as JSON: each has a known role and a text."""
+    """Return whether a text is a JSON list of messages that all have a known role and content."""
     if text.lstrip()[:1] != "[":
         return False
     turns = normalize(_parsed(text))
@@ -187,7 +187,7 @@ def texts_in(value: Any) -> list[str]:
 
 
 def has_user_turn(turns: Sequence[Any]) -> bool:
-    """Return whether messages have a user's turn: they are a conversation, not only a reply."""
+    """Return whether messages include a user turn, and so are more than a reply."""
     return any(role_of(turn) == "user" for turn in turns)
 
 
@@ -271,7 +271,7 @@ _END_MARKER = re.compile(
 
 
 def is_templated(value: Any) -> bool:
-    """Return whether a chat template was probably applied to a text in a value.
+    """Return whether a chat template was probably applied to one of the texts in a value.
 
     The text has a marker at its start or end, or several markers in order. A single marker inside a
     text is not enough, because a question about templates may contain one.
@@ -280,10 +280,10 @@ def is_templated(value: Any) -> bool:
 
 
 def begins_templated(value: Any) -> bool:
-    """Return whether a text looks like the output of a chat template.
+    """Return whether a text in a value looks like the output of a chat template.
 
-    It begins with a template's marker, has the template's turns, or ends with the marker of a
-    reply.
+    Such a text begins with a template's marker, has a template's turns, or ends with the marker
+    that comes before a reply.
     """
     return any(_begins_templated(text) and not is_dialogue(text) for text in texts_in(value))
 
@@ -299,7 +299,10 @@ def _last_characters(text: str) -> str:
 
 
 def end_marker(value: Any) -> str | None:
-    """Return the template marker at the end of the last text in a value that has one; else None."""
+    """Return the marker at the end of a text in a value, such as <|im_end|>; None if none has one.
+
+    If several texts have such a marker, the marker of the last one is returned.
+    """
     for text in reversed(texts_in(value)):
         marker = None if is_dialogue(text) else _end_marker(text)
         if marker:

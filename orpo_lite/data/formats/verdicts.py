@@ -1,4 +1,4 @@
-"""Find the columns with two answers and with the verdict on them, and read the verdicts."""
+"""Find two columns with answers and the column with the verdict, and read the verdicts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -35,7 +35,7 @@ ReadVerdict = Callable[[Any], str | None]
 
 
 def two_answers(profile: ColumnProfile) -> tuple[str, str] | None:
-    """Return the columns of the two answers; None if there are none.
+    """Return the columns of two answers, such as response_1 and response_2; None if none exist.
 
     Raises DataError if several pairs of columns could be the answers.
     """
@@ -52,11 +52,11 @@ def two_answers(profile: ColumnProfile) -> tuple[str, str] | None:
             first, second = sorted(by_number)
             pairs.append((by_number[first], by_number[second]))
     if len(pairs) > 1:
-        named = " and ".join(f"{join_names(a)} with {join_names(b)}" for a, b in pairs)
+        named = ", ".join(f"{join_names(a)} with {join_names(b)}" for a, b in pairs)
         raise DataError(
             where="data.column_map",
-            found=f"{named} could each be the two answers",
-            expected="two answers",
+            found=f"several pairs of columns could be the two answers: {named}",
+            expected="one pair of columns with answers",
             fix=one_of(profile.setting(response_a=a, response_b=b) for a, b in pairs),
         )
     return pairs[0] if pairs else None
@@ -88,8 +88,8 @@ def refuse_labels(profile: ColumnProfile) -> None:
     named_answers = {"response_a": answers[0], "response_b": answers[1]}
     raise DataError(
         where="data.column_map",
-        found=f"{join_names(*columns)} hold only the names of {join_names(*answers)}, no replies",
-        expected="the better reply in chosen, and the worse in rejected",
+        found=f"{join_names(*columns)} hold no replies, only names of {join_names(*answers)}",
+        expected="the better reply in chosen, and the worse reply in rejected",
         fix=profile.setting(**{} if is_answer(answers[0]) else named_answers, better=columns[0]),
     )
 
@@ -149,7 +149,7 @@ def _verdict_reader(
 
 
 def _signed_verdicts(profile: ColumnProfile, answers: tuple[str, str]) -> dict[str, str]:
-    """Return the meaning of strengths from -3 to 3; {} if the order of the answers is unclear."""
+    """Return strength (-3 to 3) -> a, b or tie; {} if the order of the two answers is unclear."""
     if _ends(answers) != ["1", "2"] and not set(answers) <= profile.mapped.keys():
         return {}
     first = dict.fromkeys(("-3", "-2", "-1"), "a")
@@ -168,7 +168,7 @@ def _ends(answers: Sequence[str]) -> list[str]:
 def _named_verdicts(
     profile: ColumnProfile, column: str, answers: tuple[str, str]
 ) -> dict[str, str]:
-    """Return the meaning of values that name an answer; {} if they are ambiguous."""
+    """Return value -> a, b or tie, for values that name an answer; {} if they are ambiguous."""
     ends = _ends(answers)
     names = [profile.mapped.get(answer, answer).lower() for answer in answers]
     matches = [match for name in names if (match := NUMBERED.fullmatch(name))]
@@ -206,7 +206,7 @@ def _refuse_values(profile: ColumnProfile, column: str, answers: tuple[str, str]
         where="data.column_map",
         found=f"{theirs} should say which of {join_names(*names)} is better, but holds {held}",
         expected=f"a or {names[0]} for the first, b or {names[1]} for the second, or tie",
-        fix=f"no setting helps: write {theirs} with these values, or {WRITE_PAIRS}",
+        fix=f"no setting helps: write the expected values into {theirs}, or {WRITE_PAIRS}",
     )
 
 
@@ -220,7 +220,7 @@ def _refuse_verdict(
     raise DataError(
         where="data.column_map",
         found=found,
-        expected="one verdict",
+        expected="one column that says which answer is better",
         fix=profile.settings("better", verdicts) or f"no setting helps: {WRITE_PAIRS}",
     )
 
@@ -228,8 +228,8 @@ def _refuse_verdict(
 def _refuse_unsigned(profile: ColumnProfile, column: str, answers: tuple[str, str]) -> None:
     """Raise DataError if a strength is never below 0.
 
-    Such a column may hold the number of the better answer instead. 1 would then mean the first
-    answer, and not the second.
+    Such a column may hold the number of the better answer instead. Then 1 would mean that the first
+    answer is better. As a strength, 1 means that the second one is.
     """
     if plain_name(column) not in SIGNED_VERDICTS or "preference_strength" in profile.mapped:
         return
@@ -238,8 +238,8 @@ def _refuse_unsigned(profile: ColumnProfile, column: str, answers: tuple[str, st
     strength, number = profile.setting(preference_strength=column), profile.setting(better=column)
     raise DataError(
         where="data.column_map",
-        found=f"{join_names(column)} is never below 0: it may be a strength of the preference, or "
-        f"the number of the better one of {join_names(*answers)}",
+        found=f"{join_names(column)} is never below 0: it may say how strongly an answer is "
+        f"preferred, or which of {join_names(*answers)} is better",
         expected="strengths both below and above 0",
         fix=reworded(
             strength,

@@ -16,7 +16,10 @@ BATCH = 1024  # rows that are converted to Python objects at a time
 
 
 def arrow_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
-    """Yield (place, row). Maps become dictionaries, and cells of type JSON are decoded."""
+    """Yield (place, row). Maps become dictionaries, and cells of type JSON are decoded.
+
+    Errors of rows are added to ``faults``. Raises DataError for a broken file.
+    """
     with arrow_table(file) as (schema, batches, _):
         refuse_same_names(schema.names, file.label)
         with_json = [field for field in schema if "extension<arrow.json>" in str(field.type)]
@@ -71,7 +74,7 @@ def arrow_table(file: File) -> Iterator[tuple[Any, Iterator[Any], int]]:
             where=file.label,
             found=f"broken {name}: {error}",
             expected=f"a complete {name} file",
-            fix="copy it again",
+            fix="copy the file again",
         ) from None
 
 

@@ -30,8 +30,8 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 def csv_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
     """Yield (place, row). Every cell is a text.
 
-    Types are not guessed, because the reply "42" would become a number. Errors of rows are added to
-    ``faults``. Raises DataError for a file that cannot be read at all.
+    The types of cells are not guessed, because a guess would turn the reply "42" into a number.
+    Errors of rows are added to ``faults``. Raises DataError for a file that cannot be read at all.
     """
     delimiter = _find_delimiter(file)
     is_quoted = delimiter != "\t" or not _has_plain_quotes(file)
@@ -83,7 +83,7 @@ def _records(file: File, delimiter: str, *, quoted: bool = True) -> Iterator[tup
         raise DataError(
             where=f"{file.label}:{start}",
             found=f"broken csv: {error}",
-            expected="plain or quoted cells",
+            expected="cells that are not quoted, or that are quoted as a whole",
             fix=_quoting_fix(file, delimiter),
         ) from None
 
@@ -123,9 +123,9 @@ def _without_spaced_quotes(file: File, delimiter: str) -> Iterator[str]:
 def _find_delimiter(file: File) -> str:
     """Return the delimiter of a table.
 
-    Excel may write the delimiter above the header. Otherwise, it is the character that splits the
-    header and the first row into the same number of cells. If several characters do so, the comma
-    is preferred. Spreadsheets in much of Europe write semicolons.
+    Excel may write the delimiter above the header. Otherwise, the delimiter is the character that
+    splits the header and the first row into the same number of cells. If several characters do so,
+    the comma is preferred. Spreadsheets in much of Europe write semicolons.
     """
     top = next(filter(str.strip, _texts(file)), "")
     if match := EXCEL_SEP.match(top):
@@ -217,7 +217,7 @@ def _header(cells: Sequence[str], where: str) -> list[str]:
     if any(not name or len(name) > MAX_COLUMN_NAME for name in names):
         raise DataError(
             where=where,
-            found="the first line has an empty cell or a long text",
+            found="the first line is no header: it has an empty cell or a long text",
             expected=NAMED,
             fix="add a first line with the names of the columns",
         )
@@ -232,5 +232,5 @@ def refuse_same_names(names: Sequence[str], where: str) -> None:
             where=where,
             found="two columns have the same name",
             expected="a different name for each column",
-            fix="rename one of them",
+            fix="rename one of the columns",
         )

@@ -1,4 +1,4 @@
-"""Decode text, and report text that is not UTF-8 and files that do not match their names."""
+"""Decode text. Report text that is not UTF-8, and files whose content is of another type."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def refuse_lookalikes(file: File) -> None:
 def decode(line: bytes, file: File, where: str) -> str:
     """Return the text of a line in UTF-8.
 
-    Raises DataError for other encodings. The message shows a word of the line in likely encodings.
+    Raises DataError for other encodings. The error shows a word of the line, decoded with each
+    likely encoding.
     """
     try:
         return line.decode()

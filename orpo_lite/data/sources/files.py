@@ -27,8 +27,8 @@ BROKEN = (EOFError, zlib.error, lzma.LZMAError, OSError)
 def read_file(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
     """Yield (place, row).
 
-    If a row cannot be read, its error is added to ``faults``. If the file cannot be read, raises
-    DataError at once.
+    If a row cannot be read, its error is added to ``faults``. If the file cannot be read, DataError
+    is raised at once.
     """
     try:
         refuse_lookalikes(file)
@@ -38,14 +38,14 @@ def read_file(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
             raise
         raise DataError(
             where=file.label,
-            found=f"broken {file.compression}, or its end is missing",
+            found=f"broken {file.compression} data, or the end of the file is missing",
             expected="a complete file",
-            fix="copy or download it again",
+            fix="copy or download the file again",
         ) from None
 
 
 def file_fingerprint(file: File) -> tuple[str, int]:
-    """Return the sha256 of the bytes on disk, and the approximate number of rows (0: unknown)."""
+    """Return the sha256 of a file's bytes, and its approximate number of rows (0: unknown)."""
     digest, line_ends, last = hashlib.sha256(), 0, b""
     with file.path.open("rb") as raw:
         for block in iter(partial(raw.read, BLOCK), b""):
@@ -57,9 +57,9 @@ def file_fingerprint(file: File) -> tuple[str, int]:
 
 
 def column_names(file: File) -> frozenset[str]:
-    """Return the columns of a table, from its first row.
+    """Return the columns of a table (csv, tsv, Parquet or Arrow), from its first row.
 
-    Empty for other types of files, and for a table that cannot be read.
+    The result is empty for a JSON file, and for a table that has no rows or cannot be read.
     """
     if _reader(file) is json_rows:
         return frozenset()

@@ -1,4 +1,4 @@
-"""Find the source that a name refers to: a file, a folder, a pattern or a dataset of the hub."""
+"""Find the source for a dataset's name: a file, a folder, a pattern or a dataset of the hub."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def find_source(name: str, split: str, config: str | None, key: str = TRAIN_SPLI
 def with_unique_labels(sources: Sequence[Source]) -> list[Source]:
     """Return the sources with a unique label for each file and split.
 
-    If two files have the same name, their labels include folders. If two splits of hub datasets
-    have the same name, their labels include the datasets.
+    A label is the name in the places of rows, such as a.csv in a.csv:3. If two files have the same
+    name, labels of files include folders. If two splits of hub datasets have the same name, labels
+    of splits include the dataset.
     """
     paths: dict[str, str] = {}
     splits: dict[str, str] = {}
@@ -57,7 +58,7 @@ def with_unique_labels(sources: Sequence[Source]) -> list[Source]:
 
 
 def refuse_duplicates(sources: Sequence[Source], held_out: Sequence[Source] = ()) -> None:
-    """Raise DataError for a file or split that is read twice, or is also held out."""
+    """Raise DataError if a file or split is used twice for training, or is also held out."""
     held = {os.path.realpath(file): file for source in held_out for file in source.paths()}
     once: dict[str, str] = {}
     twice: dict[str, str] = {}
@@ -75,10 +76,10 @@ def refuse_duplicates(sources: Sequence[Source], held_out: Sequence[Source] = ()
             [test] = held.values()
             values = {**setting.values, TEST_SPLIT: test}
             fix = Overrides(values, text=f"{setting} {shlex.quote(f'{TEST_SPLIT}={test}')}")
-    how = "named twice" if held.keys().isdisjoint(twice) else "also held out"
+    how = "named twice" if held.keys().isdisjoint(twice) else "used for training, but also held out"
     raise DataError(
         where="data.dataset_name",
         found=f"{list_names([*twice.values()])}: {how}",
-        expected="each row once",
+        expected="each file and each split only once",
         fix=fix,
     )

@@ -29,7 +29,7 @@ from orpo_lite.errors import Command, DataError, HubError, Overrides, reworded
 
 @dataclass(frozen=True)
 class HubSource(Source):
-    """The rows of one split of a hub dataset."""
+    """One split of a hub dataset."""
 
     label: str
     """The name of the split in the places of rows, such as train[11]."""
@@ -61,7 +61,7 @@ def load_hub_dataset(
 ) -> HubSource:
     """Return the source of a split, downloaded from the hub or read from the cache.
 
-    ``key``: the setting that names the split. Raises HubError.
+    ``key``: the setting that names the split, for the fixes of errors. Raises HubError.
     """
     import datasets  # takes a second to import, and local files do not need it
 

@@ -43,9 +43,9 @@ DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys, parse_consta
 def json_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
     """Yield (place, row).
 
-    A file holds one object per line, an array of objects, an object that contains such an array, or
-    a table as columns: {"prompt": [...], "chosen": [...]}. Errors of rows are added to ``faults``.
-    Raises DataError for a file that cannot be read at all.
+    A file may hold one object per line, an array of objects, an object that contains such an array,
+    or a table as columns: {"prompt": [...], "chosen": [...]}. Errors of rows are added to
+    ``faults``. Raises DataError for a file that cannot be read at all.
     """
     first, value, has_more = _first_line(file)
     _refuse_other_text(first, file)
@@ -75,7 +75,7 @@ def _refuse_other_text(first: bytes, file: File) -> None:
             where=file.label,
             found="a text that is not JSON",
             expected="one JSON object per line in a .txt file",
-            fix=reworded(command, f"use the suffix of its real type, for example: {command}"),
+            fix=reworded(command, f"use the suffix of the real type, for example: {command}"),
         )
 
 
@@ -132,7 +132,7 @@ def _without_viewer_wrapper(
                     where=where,
                     found="cells that the viewer of the hub truncated",
                     expected="complete cells",
-                    fix="name the dataset itself in data.dataset_name",
+                    fix="set data.dataset_name to the name of the dataset on the hub",
                 )
                 faults.append(fault)
                 continue
@@ -157,7 +157,7 @@ def _json_error(error: ValueError | RecursionError, where: str, file: File) -> D
         expected = "JSON with each key only once in an object"
         return DataError(where=where, found=str(error), expected=expected, fix=fix)
     rest = error.doc[error.pos :].strip() if error.msg == "Extra data" else ""
-    # An incomplete object in line 1 continues in line 2. In a later line, it may be truncated.
+    # An incomplete object in line 1 probably continues in line 2. Later lines may be truncated.
     continues = error.pos >= len(error.doc) and where == f"{file.label}:1"
     if error.doc.startswith("{") and (continues or rest.startswith("{")):
         command = conversion_command(file, "jq -c .", ".lines.jsonl")
@@ -190,7 +190,7 @@ def _whole_text(file: File) -> str:
     if sum(map(len, parts)) > MAX_JSON_BYTES:
         raise DataError(
             where=file.label,
-            found=f"the file has more than {MAX_JSON_BYTES / 2**30:g} GiB",
+            found=f"one JSON value of more than {MAX_JSON_BYTES / 2**30:g} GiB",
             expected="one JSON object per line",
             fix=conversion_command(file, "jq -c '.[]'", ".lines.jsonl"),
         )
@@ -221,7 +221,7 @@ def _rows_within(whole: Any, file: File) -> list[Any]:
     query = shlex.quote(f".[{json.dumps(first)}][]")
     raise DataError(
         where=file.label,
-        found=f"lists of rows under several names: {', '.join(map(repr, list(whole)[:5]))}",
+        found=f"several lists of rows, under the keys {', '.join(map(repr, list(whole)[:5]))}",
         expected="one list of rows",
         fix=conversion_command(file, f"jq -c {query}", ".first.jsonl"),
     )

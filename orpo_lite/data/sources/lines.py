@@ -22,7 +22,7 @@ PlacedRow = tuple[str, Mapping[str, Any]]
 """The place of a row ("pairs.jsonl:12", "table.parquet[11]", "train[11]"), and the row."""
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-SUFFIX_LIST = f"{', '.join(SUFFIXES)}, or a text file in .gz, .bz2, .xz or .zst"
+SUFFIX_LIST = f"{', '.join(SUFFIXES)}, or a text file compressed as .gz, .bz2, .xz or .zst"
 OTHER_SUFFIXES = {
     ".ndjson": ".jsonl",
     ".jl": ".jsonl",
@@ -58,7 +58,7 @@ COMPRESSIONS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {
 
 @dataclass(frozen=True)
 class File:
-    """A local data file. Its label is its name in places of rows, such as pairs.csv:3."""
+    """A local data file. ``label`` is its name in places of rows: pairs.csv in pairs.csv:3."""
 
     path: Path
     label: str
@@ -76,7 +76,7 @@ class File:
 
     @property
     def compression(self) -> str:
-        """The program that compressed the file, or ""."""
+        """The compression of the file: gzip, bzip2, xz or zstd; "" if there is none."""
         start = self.start
         for program, (mark, _) in COMPRESSIONS.items():
             if start.startswith(mark):
@@ -90,19 +90,25 @@ class File:
 
 
 def data_suffix(name: str) -> str:
-    """Return the suffix in SUFFIXES that decides how a file is read; "" for other files."""
+    """Return the suffix in SUFFIXES that decides how a file is read: x.ndjson.gz -> .jsonl.
+
+    Returns "" for other files.
+    """
     found = _SUFFIX_PATTERN.search(name)
     suffix = (found[1] or found[2]).lower() if found else ""
     return OTHER_SUFFIXES.get(suffix, suffix)
 
 
 def stem(name: str) -> str:
-    """Return the name without the suffixes of its type and of its compression."""
+    """Return a name without the suffixes of type and compression: pairs.csv.gz -> pairs."""
     return _SUFFIX_PATTERN.sub("", name)
 
 
 def conversion_command(file: File, program: str, suffix: str) -> Command:
-    """Return the fix that runs a program on a file and writes the output to a new file."""
+    """Return the fix that runs a program on a file and writes the output to a new file.
+
+    ``suffix``: the suffix of the new file.
+    """
     old = shlex.quote(str(file.path))
     new = shlex.quote(str(file.path.with_name(stem(file.path.name) + suffix)))
     unpack = file.compression
@@ -121,7 +127,7 @@ def lines(file: File, faults: list[DataError]) -> Iterator[tuple[int, bytes]]:
             if len(line) > MAX_ROW_BYTES:
                 fault = RowError(
                     where=where,
-                    found=f"a line of over {MAX_ROW_BYTES >> 20} MiB",
+                    found=f"a line of more than {MAX_ROW_BYTES >> 20} MiB",
                     expected="one row per line, and only text",
                     fix="shorten or remove the row",
                 )
@@ -140,7 +146,7 @@ def _refuse_mac_line_ends(line: bytes, file: File, where: str) -> None:
     if b"\r" in line.rstrip() and not line.endswith(b"\n"):
         raise DataError(
             where=where,
-            found=r"line ends of \r alone",
+            found=r"lines that end with \r only",
             expected=r"lines that end with \n",
             fix=conversion_command(file, r"perl -pe 's/\r/\n/g'", f".lines{file.suffix}"),
         )

@@ -34,7 +34,7 @@ DEPTH = 4  # levels of folders in which files are searched
 
 @dataclass(frozen=True)
 class LocalSource(Source):
-    """The rows of local files."""
+    """A dataset in one or more local files."""
 
     files: tuple[File, ...]
 
@@ -69,9 +69,15 @@ class LocalSource(Source):
 
 
 def find_files(name: str, split: str, key: str) -> LocalSource:
-    """Return the source of a file, or of the files in a folder or pattern that belong to a split.
+    """Return the source of a split of local files.
 
-    ``key``: the setting that names the split. Raises DataError.
+    Args:
+        name: a file, a folder or a pattern.
+        split: auto, or the name of a split. In a folder, only files of this split are read. For a
+            pattern, all files are read if the split is auto or train. For a file, it is ignored.
+        key: the setting that names the split, for the fixes of errors.
+
+    Raises DataError.
     """
     path, note = Path(os.path.expanduser(name)), ""
     with report_unreadable(name):
@@ -97,13 +103,13 @@ def find_files(name: str, split: str, key: str) -> LocalSource:
 
 
 def unique_labels(paths: Sequence[Path]) -> list[str]:
-    """Return the paths relative to their common folder: a/train.jsonl, b/train.jsonl."""
+    """Return the paths relative to their common folder: a/train.jsonl and b/train.jsonl."""
     common = os.path.commonpath([path.parent for path in paths])
     return [in_unicode(path.relative_to(common).as_posix()) for path in paths]
 
 
 def in_unicode(name: str) -> str:
-    """Return a file's name as text. Bytes that are not in the system's encoding are replaced."""
+    """Return a file's name as text. Bytes that are not UTF-8 are replaced."""
     return os.fsencode(name).decode(errors="replace")
 
 
@@ -138,7 +144,7 @@ def _find_data_files(folder: Path) -> tuple[list[Path], str]:
         raise DataError(
             where=str(folder),
             found="no data files in the folder",
-            expected=f"files of {SUFFIX_LIST}",
+            expected=f"files of these types: {SUFFIX_LIST}",
             fix="check data.dataset_name",
         )
     _refuse_copies(folder, found)
@@ -194,9 +200,9 @@ def _refuse_copies(folder: Path, paths: Sequence[Path]) -> None:
             settings = [dataset_name_setting([str(file)]) for file in (path, other)]
             raise DataError(
                 where=str(folder),
-                found=f"{other.name} and {path.name}: one may be a conversion of the other",
-                expected="each row once",
-                fix=one_of([*settings, "another name for one of them"]),
+                found=f"{other.name} and {path.name} probably hold the same rows",
+                expected="each row in only one file",
+                fix=one_of([*settings, "rename one of the files"]),
             )
 
 
@@ -205,9 +211,9 @@ def _match_pattern(pattern: Path) -> list[Path]:
     if not found:
         raise DataError(
             where=str(pattern),
-            found="no data file matches",
-            expected=f"files of {SUFFIX_LIST}",
-            fix='check the pattern, and put "..." around it',
+            found="no data file matches the pattern",
+            expected=f"files of these types: {SUFFIX_LIST}",
+            fix='check the pattern, and put quotes around it: "..."',
         )
     return found
 
@@ -250,10 +256,10 @@ def _select_split(folder: Path, paths: list[Path], split: str, key: str) -> tupl
 
 
 def _split_below(folder: Path, path: Path) -> str:
-    """Return the split in the name of a file, or in the name of a folder above it.
+    """Return the split of a file: its own name or a folder's name, if that name contains a split.
 
-    If no name contains a split, return the name of the nearest folder. If there is no folder below
-    ``folder``, return the name of the file without suffixes.
+    If no name contains a split, return the name of the folder that the file is in. If the file is
+    directly in ``folder``, return the name of the file without suffixes.
     """
     folders = [
         part.rpartition("=")[2] for part in path.relative_to(folder).parts[:-1] if part != "data"
@@ -295,12 +301,15 @@ def _missing(path: Path, similar: Sequence[str], expected: str = "a file or fold
 
 
 def path_settings(path: Path, names: Sequence[str]) -> str:
-    """Return data.dataset_name settings joined by "or", one for each name in the path's folder."""
+    """Return one data.dataset_name setting per name, joined by "or".
+
+    ``names``: names of files in the folder of ``path``.
+    """
     return one_of(dataset_name_setting([str(path.with_name(name))]) for name in names)
 
 
 def similar_names(path: Path) -> list[str]:
-    """Return up to three similar names of files in the path's folder. Suffixes are ignored."""
+    """Return up to three files in the folder of ``path`` with similar names. Ignore suffixes."""
     try:
         siblings = sorted(child.name for child in path.parent.iterdir())
     except (OSError, ValueError):  # there is no such folder, or its name is impossible

@@ -34,36 +34,36 @@ class Source(ABC):
     def rows(self, faults: list[DataError]) -> Iterator[PlacedRow]:
         """Yield (place, row).
 
-        If a row cannot be read, its error is added to ``faults``. If a file cannot be read, raises
-        DataError at once.
+        If a row cannot be read, its error is added to ``faults``. If a file cannot be read,
+        DataError is raised at once.
         """
 
     @abstractmethod
     def with_labels(self, labels: Mapping[str, str]) -> Source:
-        """Return the source with other labels: the names of its files in places of rows."""
+        """Return the source with new labels: file or split -> its name in the places of rows."""
 
     @abstractmethod
     def fingerprint(self) -> tuple[str, int]:
-        """Return the sha256 of the data and the labels, and the approximate number of rows.
+        """Return one sha256 of the data and the labels, and the approximate number of rows.
 
-        The number is 0 if it is unknown.
+        The number of rows is 0 if it is unknown.
         """
 
     @abstractmethod
     def columns(self) -> frozenset[str] | None:
-        """Return the columns of all rows if they are known without reading all rows; else None."""
+        """Return the columns of all rows; None if they are not known without reading all rows."""
 
     def paths(self) -> list[str]:
         """Return the paths of the local files; [] for a hub dataset."""
         return []
 
     def parts(self) -> Sequence[Source]:
-        """Return one source for each file if there are several files; else ()."""
+        """Return one source for each file if the dataset has several files; else ()."""
         return ()
 
 
 def dataset_name_setting(names: Sequence[str]) -> Overrides:
-    """Return the data.dataset_name setting that lists these files, quoted for a shell."""
+    """Return the data.dataset_name setting that lists these names, quoted for a shell."""
     value = ",".join(names)
     if any(set(name) & set(",[]'\"") for name in names):
         value = json.dumps(list(names), ensure_ascii=False)
@@ -76,9 +76,9 @@ def is_local(name: str) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """Return whether a dataset's name has the form of a path.
+    """Return whether a dataset's name has the form of a path, and not of a hub dataset.
 
-    The name of a hub dataset has no wildcard and does not end like a data file.
+    A path has the suffix of a data file, has a wildcard, or begins with ".", "/" or "~".
     """
     if data_suffix(name) or name.lower().endswith(SPREADSHEETS) or glob.has_magic(name):
         return True
@@ -110,7 +110,10 @@ def split_of(path: Path) -> str:
 
 
 def choose_split(names: Sequence[str]) -> str | None:
-    """Return the preference split, else train, else the only split; None if none of them exists."""
+    """Return the split to train on; None if the choice is not clear.
+
+    This is train_prefs or a similar split, else train or training, else the only split.
+    """
     preferences = [name for name in names if re.search("train.*pref", name.lower())]
     for likely in ("train_prefs", *preferences, "train", "training"):
         if likely in names:
@@ -134,7 +137,7 @@ def names_split(name: str) -> bool:
 
 
 def split_note(split: str, names: Sequence[str]) -> str:
-    """Return the note on a chosen split, with a hint at the held-out split that belongs to it."""
+    """Return a note on the chosen split. If it has a matching held-out split, name that too."""
     rest = split_words(split) - TRAIN
     chosen = "" if split == "train" else f"split {split} (of {list_names(names)})"
     for name in names:
@@ -145,7 +148,7 @@ def split_note(split: str, names: Sequence[str]) -> str:
 
 
 def noted_split(note: str) -> str | None:
-    """Return the held-out split in the hint of a :func:`split_note`; None if it has no hint."""
+    """Return the held-out split that a :func:`split_note` names; None if it names none."""
     found = re.search(rf"{TEST_SPLIT}=(\S+) would use", note)
     return found[1] if found else None
 
@@ -160,7 +163,10 @@ TRAIN_SPLIT, TEST_SPLIT = "data.dataset_train_split", "data.dataset_test_split"
 
 
 def split_fix(key: str, names: Sequence[str]) -> str:
-    """Return a fix that sets ``key`` to one of ``names``, the existing splits."""
+    """Return a fix that sets ``key``, the setting of a split, to the most likely existing split.
+
+    ``names``: the existing splits.
+    """
     held_out = [*filter(is_held_out, names)]
     others = [name for name in names if name not in held_out]
     if key == TEST_SPLIT:
@@ -171,14 +177,14 @@ def split_fix(key: str, names: Sequence[str]) -> str:
 
 
 def list_names(names: Sequence[str]) -> str:
-    """Return the first names for a sentence: "a, b and 3 more"."""
+    """Join up to MAX_NAMES names for a sentence: "a, b and 3 more"."""
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
 
 
 @contextmanager
 def report_unreadable(name: str) -> Iterator[None]:
-    """Raise DataError instead of OSError inside the ``with`` block, if a file cannot be read."""
+    """Turn an OSError in the ``with`` block into a DataError: a file cannot be read."""
     try:
         yield
     except OSError as error:

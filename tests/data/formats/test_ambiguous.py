@@ -506,7 +506,7 @@ def test_numbers_that_count_otherwise_than_the_answers_are_refused(
 ) -> None:
     answers = {f"answer_{ends[0]}": "Blue.", f"answer_{ends[1]}": "Seven."}
     rows = [{"prompt": Q, **answers, "winner": value(numbers[i == 9])} for i in range(10)]
-    assert "write winner with these values" in refused(rows)
+    assert "write the expected values into winner" in refused(rows)
 
 
 def test_a_number_of_neither_answer_puts_all_numbers_in_doubt() -> None:

@@ -102,7 +102,7 @@ def test_a_reply_at_the_end_of_the_prompt_is_not_asked_again(wrong: str, before:
             None,
         )
     with pytest.raises(
-        DataError, match="x:2, field prompt: it ends with an assistant's turn that is neither reply"
+        DataError, match="x:2, field prompt: it ends with an assistant turn that is neither of"
     ):
         read([{"prompt": asked} | replies, {"prompt": [*asked, bot("Red.")]} | replies])
 
@@ -207,18 +207,18 @@ def test_a_known_column_that_cannot_be_read_is_not_left_out_unsaid(
         (
             {**TEXTS, "about": bot("x")},
             {"system": "about"},
-            "about should be system, but holds message",
+            "about is mapped to system, but holds message",
         ),
-        ({**TEXTS, "n": 3}, {"history": "n"}, "n should be history, but holds number"),
+        ({**TEXTS, "n": 3}, {"history": "n"}, "n is mapped to history, but holds number"),
         (
             {"prompt": Q, "responses": ["Blue.", "Seven."], "scores": [9, 1]},
             {"completions": "scores", "scores": "responses"},
-            "scores should be completions, but holds numbers",
+            "scores is mapped to completions, but holds numbers",
         ),
         (
             {"prompt": Q, "responses": ["a", "b"], "n": [True]},
             {"scores": "n"},
-            "n should be scores, but holds",
+            "n is mapped to scores, but holds",
         ),
     ],
 )

@@ -93,7 +93,7 @@ def test_a_question_about_templates_is_none(question: str) -> None:
 def test_a_template_in_the_reply_is_refused(reply: str) -> None:
     rows = [{"prompt": Q, "chosen": reply, "rejected": "Seven."}] * 2
     assert (
-        "from the ends of chosen" in refused(rows, "data.chat_template=none")
+        "from the end of the texts in chosen" in refused(rows, "data.chat_template=none")
     ) == reply.startswith("Blue.")
 
 
@@ -107,7 +107,7 @@ def test_kimis_texts_are_no_texts_with_an_end_alone() -> None:
 def test_end_markers_alone_are_to_be_taken_off() -> None:
     rows = [{"prompt": Q, "chosen": "Blue.</s>", "rejected": "Seven.<|im_end|>"}] * 2
     error = refused(rows, "data.chat_template=none")
-    assert "remove </s> and <|im_end|> from the ends of chosen and rejected" in error
+    assert "remove </s> and <|im_end|> from the end of the texts in chosen and rejected" in error
     assert "or data.chat_template=none to train on the unchanged texts" in error
     assert "remove" not in refused(
         [{"prompt": CHATML, "chosen": "Blue.<|im_end|>", "rejected": "Seven."}] * 2,

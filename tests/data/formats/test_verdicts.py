@@ -14,30 +14,30 @@ from orpo_lite.errors import DataError
     [
         (
             {"prompt": Q, "completion": "Blue.", "label": True},
-            "prompt, completion and label are unpaired preferences",
+            "prompt, completion and label hold single replies with a label",
         ),
         (
             {"prompt": [user(Q)], "completion": [bot("Blue.")], "label": False},
-            "are unpaired preferences",
+            "hold single replies with a label",
         ),
-        ({"messages": [user(Q), bot("Blue.")]}, "messages holds one conversation a row"),
+        ({"messages": [user(Q), bot("Blue.")]}, "messages holds one conversation per row"),
         (
             {"conversations": [said("human", Q), said("gpt", "Blue.")]},
-            "conversations holds one conversation a row",
+            "conversations holds one conversation per row",
         ),
         (
             {"messages": [user(Q), bot("Blue.")], "label": True},
-            "messages and label are unpaired preferences",
+            "messages and label hold single replies with a label",
         ),
         (
             {"prompt": Q, "completion": "Blue."},
-            "prompt and completion are one reply to each prompt",
+            "prompt and completion hold one reply per prompt",
         ),
         (
             {"instruction": Q, "input": "", "output": "Blue."},
-            "instruction and output are one reply to each prompt",
+            "instruction and output hold one reply per prompt",
         ),
-        ({"question": Q, "answer": "Blue."}, "question and answer are one reply to each prompt"),
+        ({"question": Q, "answer": "Blue."}, "question and answer hold one reply per prompt"),
     ],
 )
 def test_one_reply_is_no_pair(row: dict[str, Any], sentence: str) -> None:

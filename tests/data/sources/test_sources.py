@@ -793,7 +793,7 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
         (
             "pairs.parquet.gz",
             "hello",
-            "an unknown type of file|.arrow, or a text file in .gz, .bz2, .xz or .zst",
+            "an unknown type of file|.arrow, or a text file compressed as .gz, .bz2, .xz or .zst",
         ),
         ("pairs.arrow", "hello", "pairs.arrow: broken arrow"),
         ("pairs.arrow", to_arrow([ROW], pyarrow.ipc.new_stream)[:-20], "pairs.arrow: broken arrow"),
@@ -888,7 +888,7 @@ def test_a_line_over_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     monkeypatch.setattr(sources_lines, "MAX_ROW_BYTES", 1 << 20)
     if "csv" in name:  # it may hold parts of other rows, so it stops
         path = write(tmp_path / name, b"a,b\n1," + b"2" * (3 << 20) + b"\n3,4\n")
-        assert f"{name}:2: a line of over 1 MiB" in fault(places, path)
+        assert f"{name}:2: a line of more than 1 MiB" in fault(places, path)
         return
     for at in (0, 1, 2):
         lines = [LINE, LINE]
@@ -907,7 +907,7 @@ def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
             bomb.write(b"a" * (1 << 20))
     tracemalloc.start()
     try:
-        assert "a line of over 16 MiB" in fault(places, tmp_path / "bomb.jsonl.gz")
+        assert "a line of more than 16 MiB" in fault(places, tmp_path / "bomb.jsonl.gz")
         assert tracemalloc.get_traced_memory()[1] < 60 << 20
     finally:
         tracemalloc.stop()
@@ -1164,7 +1164,7 @@ def test_a_folder_where_nothing_can_be_chosen(tmp_path: Path) -> None:
 def test_one_name_in_two_kinds_is_not_read_twice(tmp_path: Path) -> None:
     both = folder(tmp_path / "set", "train.csv", "train.jsonl", "test.jsonl")
     text = fault(source, both)
-    assert "train.csv and train.jsonl: one may be a conversion of the other" in text
+    assert "train.csv and train.jsonl probably hold the same rows" in text
     assert wheres(both / "train.jsonl") == ["train.jsonl:1"]
     assert (
         f"fix: data.dataset_name={both / 'train.jsonl'} or data.dataset_name={both / 'train.csv'}"
