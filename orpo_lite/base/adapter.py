@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from orpo_lite.base.download import ADAPTER, download, refuse_pointers, resolve
+from orpo_lite.base.download import ADAPTER, ADAPTER_WEIGHTS, download, refuse_pointers, resolve
 from orpo_lite.errors import ModelError, Overrides, RecipeError, raise_all
 from orpo_lite.recipe.schema import LoraSection, Recipe
 from orpo_lite.recipe.text import to_text
@@ -214,7 +214,7 @@ def adapted_modules(config: Any, folder: Path) -> str | list[str]:
     if targets == "all-linear":
         return "all-linear"
     if isinstance(targets, str):
-        file = folder / "adapter_model.safetensors"
+        file = folder / ADAPTER_WEIGHTS
         try:
             with safe_open(file, "np") as tensors:
                 found = [MODULE.fullmatch(name) for name in tensors.keys()]  # noqa: SIM118 - not a mapping

@@ -30,7 +30,8 @@ HUB_TIMEOUT = 30.0  # seconds; the hub's client has no limit
 # Patterns of the files to download for a base or an adapter. Pickles are never downloaded.
 TEXT = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = ["*.safetensors"]
-ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER = ["adapter_config.json", ADAPTER_WEIGHTS]
 # Files that are not downloaded: other formats (original/, onnx/, Mistral's consolidated weights).
 # The only folder that is downloaded holds named chat templates.
 NAMED = "additional_chat_templates/"

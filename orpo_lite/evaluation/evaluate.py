@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.prepare import find_sources
 from orpo_lite.data.sources.source import TEST_SPLIT, noted_split
@@ -37,7 +38,6 @@ from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, attempt, failure, run_to_end, with_torch_defaults
 
 EVAL = "eval.json"
-WEIGHTS = "adapter_model.safetensors"
 BASE = "base"
 DATASET = "data.dataset_name"
 OF_MODEL = ("chat_template", "chat_template_kwargs")  # keys of data that each model keeps
@@ -121,7 +121,7 @@ def evaluate_events(
         model = found[name]
         if model.run and model.adapter:
             # The report shows only what is about this run and its present adapter.
-            about = {"run": name, "adapter": sha256(model.adapter / WEIGHTS)}
+            about = {"run": name, "adapter": sha256(model.adapter / ADAPTER_WEIGHTS)}
             file, text = model.run / EVAL, to_json(evaluation.to_json() | about)
             yield from attempt(f"{file} is not written", write_text, file, text)
     return evaluation
@@ -337,7 +337,7 @@ def _score_all(
         for name, model in sorted(found.items(), key=lambda item: str(_base_key(item[1]))):
             pairs, recipe = pairs_of[name].pairs, pairs_of[name].recipe
             if opened and model.adapter and _fits_into(model, opened):
-                file = model.adapter / WEIGHTS
+                file = model.adapter / ADAPTER_WEIGHTS
                 set_adapter(opened.model, load_file(file))
             else:
                 opened = None  # free the memory before the next model is loaded

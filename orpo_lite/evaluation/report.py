@@ -17,8 +17,8 @@ from orpo_lite.evaluation.report_texts import ICONS, differing_settings, run_tex
 from orpo_lite.evaluation.run_record import RunRecord, rows_of
 from orpo_lite.recipe.text import GIB
 from orpo_lite.runs.atomic import write_text
+from orpo_lite.runs.records import REPORT
 
-REPORT = "report.html"
 MOST_RUNS = 8
 
 

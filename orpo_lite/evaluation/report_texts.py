@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.data.sources.source import is_path
 from orpo_lite.data.statistics import warning_lines
 from orpo_lite.evaluation.health import Finding
@@ -36,7 +37,7 @@ def run_texts(record: RunRecord, label: str, data_texts: bool) -> dict[str, Any]
         "steps": record.steps,
         "planned": record.planned_steps,
         "verdicts": verdicts,
-        "has_adapter": (record.path / "adapter" / "adapter_model.safetensors").is_file(),
+        "has_adapter": (record.path / "adapter" / ADAPTER_WEIGHTS).is_file(),
         "tiles": [*_tiles(record)],
         "health": [_finding(finding, record, data_texts) for finding in record.health],
         "memory": _memory(record),

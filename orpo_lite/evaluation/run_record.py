@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.errors import CheckpointError
 from orpo_lite.evaluation.health import Curves, Finding, find_health
 from orpo_lite.recipe.schema import SECTIONS
@@ -186,7 +187,7 @@ def rows_of(value: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 def _is_current(found: Mapping[str, Any], path: Path, notes: list[str]) -> bool:
     """Return whether an evaluation is about the run's present adapter; else add a note."""
-    weights = path / "adapter" / "adapter_model.safetensors"
+    weights = path / "adapter" / ADAPTER_WEIGHTS
     known = found.get("adapter")
     if known is None or (weights.is_file() and known == sha256(weights)):
         return True

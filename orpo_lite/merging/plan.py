@@ -15,6 +15,7 @@ from torch import nn
 
 from orpo_lite.base.adapter import find_adapter
 from orpo_lite.base.blocks import Rows, Stored, in_blocks, read_header, read_rows, stored_tensors
+from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.base.find import Base
 from orpo_lite.errors import ModelError, Overrides
 from orpo_lite.merging.deltas import ConvertedDelta, ConvertedGroup, Delta, Layout, LoraDelta
@@ -190,7 +191,7 @@ def _adapter_tensors(
     """
     saved, wrong = {}, []
     wanted = {name for layer in layers for name, _ in layer.tensors.values()}
-    for tensor in read_header(adapter / "adapter_model.safetensors"):
+    for tensor in read_header(adapter / ADAPTER_WEIGHTS):
         name = tensor.name.removesuffix(".weight")
         if name in wanted:
             saved[name] = tensor

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from orpo_lite.base.adapter import base_of_adapter, find_adapter, same_base
+from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.base.find import Base
 from orpo_lite.errors import FitError, ModelError, Overrides, first_line
 from orpo_lite.model.adapter import add_lora, set_adapter
@@ -69,7 +70,7 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
                 f"trained on {trained_on}, but the base is {base.name}; an adapter is useless on "
                 "another base"
             )
-        file = folder / "adapter_model.safetensors"
+        file = folder / ADAPTER_WEIGHTS
         try:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:

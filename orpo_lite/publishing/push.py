@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
+from orpo_lite.base.download import ADAPTER
 from orpo_lite.base.find import weight_files
 from orpo_lite.errors import (
     TOKEN,
@@ -50,7 +51,6 @@ TOKENIZER = (
 )  # fmt: skip
 # Vocabularies are not searched for local paths. A token may look like a path, such as /root.
 VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "*.model")
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 MERGED = (
     "config.json",
     "model.safetensors",

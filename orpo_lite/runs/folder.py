@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lite.base.adapter import find_adapter
-from orpo_lite.base.download import ADAPTER
+from orpo_lite.base.download import ADAPTER, ADAPTER_WEIGHTS
 from orpo_lite.base.find import Base, fetch_weights, find_base, weight_files
 from orpo_lite.errors import CheckpointError, Command, ModelError, RecipeError
 from orpo_lite.recipe.schema import Recipe
@@ -150,7 +150,7 @@ def find_finished_adapter(path: Path) -> Path:
     """
     lora, lock = trained_recipe(path).lora, read_lock(path)
     adapter, resume = path / "adapter", resume_command(path)
-    if not (adapter / "adapter_model.safetensors").is_file():
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise CheckpointError(
             where=f"run {path}",
             found="has no trained adapter",
@@ -232,7 +232,7 @@ def adapter_sha256(adapter: Path) -> str:
         for key, value in config.items()
         if key not in ("base_model_name_or_path", "revision")
     }
-    text = json.dumps(used, sort_keys=True) + sha256(adapter / "adapter_model.safetensors")
+    text = json.dumps(used, sort_keys=True) + sha256(adapter / ADAPTER_WEIGHTS)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 SCORES = "pair_scores.jsonl"
 RESULT = "result.json"
+REPORT = "report.html"
 
 
 def read_json(file: Path, needed: ValueTypes | None = None) -> dict[str, Any]:

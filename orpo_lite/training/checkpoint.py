@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.errors import CheckpointError
 from orpo_lite.model.adapter import adapter_tensors, set_adapter
 from orpo_lite.model.pair_model import PairModel
@@ -24,7 +25,7 @@ from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.runs.records import read_json
 from orpo_lite.training.state import TrainState
 
-ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 
 
@@ -33,7 +34,7 @@ def save(run: Path, model: PairModel, optimizer: torch.optim.Optimizer, state: T
     final = run / "checkpoints" / _name(state.step)
     tensors, scalars = _optimizer_state(optimizer)
     with new_folder(final) as folder:
-        save_file(adapter_tensors(model), folder / ADAPTER)
+        save_file(adapter_tensors(model), folder / ADAPTER_WEIGHTS)
         save_file(tensors, folder / OPTIMIZER)
         (folder / STATE).write_text(
             to_json(replace(state, optimizer=scalars).to_json()), encoding="utf-8"
@@ -81,7 +82,7 @@ def find_fault(folder: Path) -> str | None:
         found = _hashes(folder)
     except (OSError, ValueError) as error:
         return f"unreadable ({type(error).__name__})"
-    if not isinstance(expected, dict) or set(expected) != {ADAPTER, OPTIMIZER, STATE}:
+    if not isinstance(expected, dict) or set(expected) != {ADAPTER_WEIGHTS, OPTIMIZER, STATE}:
         return f"{MANIFEST} does not list the files of a checkpoint"
     for name in expected:
         if found.get(name) != expected[name]:
@@ -108,7 +109,7 @@ def read_state(folder: Path) -> TrainState:
 
 def load_adapter(folder: Path, model: PairModel) -> None:
     """Load the adapter of a valid checkpoint into the model, but nothing else."""
-    set_adapter(model, load_file(folder / ADAPTER))
+    set_adapter(model, load_file(folder / ADAPTER_WEIGHTS))
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[int, int, Tensor]]:

@@ -8,13 +8,13 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.errors import CheckpointError
 from orpo_lite.model.adapter import adapter_tensors
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.runs.atomic import new_files, to_json, write_text
 from orpo_lite.runs.records import RESULT, Sample
 from orpo_lite.training import checkpoint
-from orpo_lite.training.checkpoint import ADAPTER
 from orpo_lite.training.session import Session
 from orpo_lite.training.state import TrainState
 from orpo_lite.updates import Update, attempt
@@ -77,7 +77,7 @@ def keep_best(session: Session, state: TrainState) -> Generator[Update, None, in
 def save_adapter(folder: Path, model: PairModel) -> None:
     """Write the adapter's weights. The adapter's other files are written before the training."""
     with new_files(folder) as temporary:
-        save_file(adapter_tensors(model), temporary / ADAPTER, metadata={"format": "pt"})
+        save_file(adapter_tensors(model), temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def write_adapter_config(folder: Path, model: PairModel, base: str) -> None:

@@ -19,13 +19,12 @@ from orpo_lite.errors import Command, FitError, HubError, first_line
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import to_text
 from orpo_lite.runs.atomic import to_json, write_text
-from orpo_lite.runs.records import read_json, read_metrics
+from orpo_lite.runs.records import REPORT, read_json, read_metrics
 from orpo_lite.training.state import TrainState
 from orpo_lite.updates import Update, failure
 
 Result = TypeVar("Result")
 
-REPORT = "report.html"
 IDS = "trackers.json"
 PROJECT = "orpo-lite"
 WANDB_TIMEOUT = 60.0  # seconds, for the start of a run and again for its end

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Bloom
 
 from orpo_lite import train
 from orpo_lite.api import train_events
+from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.errors import (
     CheckpointError,
     DataError,
@@ -38,7 +39,7 @@ from orpo_lite.runs.folder import KEPT_CHECKPOINTS, locked
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.lock import read_recipe
 from orpo_lite.runs.records import read_json, read_metrics, read_scores
-from orpo_lite.training.checkpoint import ADAPTER, STATE, find_step
+from orpo_lite.training.checkpoint import STATE, find_step
 from orpo_lite.training.result import TrainResult
 from orpo_lite.training.step import update
 from orpo_lite.updates import Update
@@ -232,7 +233,7 @@ def test_evaluation_changes_no_bit_of_the_training(small_recipe: Build) -> None:
         "training.eval_steps=4", "training.output_dir=never", "lora.lora_dropout=0.2"
     )
     results = [train(recipe) for recipe in (often, never)]
-    at_end = [load_file(find_step(result.run, 4) / ADAPTER) for result in results]
+    at_end = [load_file(find_step(result.run, 4) / ADAPTER_WEIGHTS) for result in results]
     assert same_bits(*at_end)
 
 
@@ -253,7 +254,7 @@ def test_the_best_checkpoint_is_kept_and_an_idle_run_stops(small_recipe: Build) 
     assert 0 < result.kept_step < result.steps < 48
     assert losses[result.kept_step] == min(losses.values()) == result.after["eval_loss"]
     assert result.steps == result.kept_step + 2
-    kept = load_file(find_step(result.run, result.kept_step) / ADAPTER)
+    kept = load_file(find_step(result.run, result.kept_step) / ADAPTER_WEIGHTS)
     assert same_bits(kept, adapter(result.run))
     assert len(list((result.run / "checkpoints").iterdir())) <= KEPT_CHECKPOINTS + 1
 
@@ -286,12 +287,12 @@ def test_a_damaged_best_checkpoint_does_not_cost_the_run(small_recipe: Build) ->
     )
     _, result = train_all(recipe)
     shutil.rmtree(result.run / "adapter")
-    (find_step(result.run, result.kept_step) / ADAPTER).unlink()
+    (find_step(result.run, result.kept_step) / ADAPTER_WEIGHTS).unlink()
     updates, again = train_all(recipe, resume=True)
     assert again.kept_step == result.steps
     assert any("the best checkpoint cannot be used" in update.text for update in updates)
     assert same_bits(
-        adapter(result.run), load_file(find_step(result.run, again.kept_step) / ADAPTER)
+        adapter(result.run), load_file(find_step(result.run, again.kept_step) / ADAPTER_WEIGHTS)
     )
 
 
@@ -481,9 +482,9 @@ def test_altered_checkpoints_are_passed_over_and_named(small_recipe: Build) -> N
     recipe = small_recipe("training.eval_steps=1")
     _, result = train_all(recipe)
     newest = max((result.run / "checkpoints").iterdir())
-    content = bytearray((newest / ADAPTER).read_bytes())
+    content = bytearray((newest / ADAPTER_WEIGHTS).read_bytes())
     content[-5] ^= 1
-    (newest / ADAPTER).write_bytes(content)
+    (newest / ADAPTER_WEIGHTS).write_bytes(content)
     updates, again = train_all(recipe, resume=True)
     assert any(
         newest.name in update.text and "altered" in update.text

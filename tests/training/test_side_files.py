@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_lite import train
 from orpo_lite.api import train_events
+from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.base.generation import read_generation_config
 from orpo_lite.errors import FitError, ModelError
 from orpo_lite.merging.merge import merge
@@ -29,7 +30,7 @@ from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.inputs import prepare_inputs
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.training.adapter_files import make_adapter_files
-from orpo_lite.training.checkpoint import ADAPTER, find_step
+from orpo_lite.training.checkpoint import find_step
 from orpo_lite.updates import run_to_end
 
 Build = Callable[..., Recipe]
@@ -115,7 +116,9 @@ def test_a_log_that_cannot_be_written_costs_no_training(
     for update in train_events(recipe, resume=True):
         notes += [update.text] if update.kind == "note" else []
         logging.getLogger("some.library").warning("said while it trains")
-    assert same_bits(adapter(Path("run")), load_file(find_step(Path("run"), LAST) / ADAPTER))
+    assert same_bits(
+        adapter(Path("run")), load_file(find_step(Path("run"), LAST) / ADAPTER_WEIGHTS)
+    )
     assert any("continues without a log" in note for note in notes) == (at == "open")
     assert "Logging error" not in capfd.readouterr().err
 
