@@ -95,7 +95,6 @@ class Curves:
         rows: Sequence[Row],
         settings: Mapping[str, Any],
         data: Mapping[str, Any] | None = None,
-        length_rule: float | None = None,
     ) -> "Curves":
         """Divide the rows of metrics.jsonl into rows of training and rows of evaluations."""
         held_out = [
@@ -104,9 +103,7 @@ class Curves:
             if "eval_loss" in row
         ]
         train = [row for row in rows if "loss" in row]
-        if length_rule is None and data:
-            length_rule = _length_rule(data)
-        return cls(train, held_out, settings, data or {}, length_rule)
+        return cls(train, held_out, settings, data or {}, _length_rule(data or {}))
 
     def windows(self, name: str) -> "Windows | None":
         """Return a training metric's means over windows of steps, or None if steps are too few."""

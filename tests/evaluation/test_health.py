@@ -29,7 +29,7 @@ def curves_of(kind: str, rng: random.Random) -> Curves:  # noqa: C901 - a few li
     steps, beta = rng.randrange(40, 400), rng.choice((0.05, 0.1, 0.25))
     nll = rng.uniform(0.9, 2.0)
     chosen = -rng.uniform(0.8, 1.8)
-    margin, settings, data, length = rng.uniform(-0.05, 0.1), dict(SETTINGS), dict(DATA), None
+    margin, settings = rng.uniform(-0.05, 0.1), dict(SETTINGS)
     gain, fall, sink = rng.uniform(0.2, 1.5), rng.uniform(0.08, 0.4), -rng.uniform(0.05, 0.3)
     rising = 0.0
     if kind == "not-learning":
@@ -94,7 +94,7 @@ def curves_of(kind: str, rng: random.Random) -> Curves:  # noqa: C901 - a few li
             rows.append({"step": step, **{f"eval_{key}": value for key, value in row.items()}})
     if rng.random() < 0.3 and not (rising and not at_end):  # nothing is held out
         rows = [row for row in rows if "eval_loss" not in row]
-    return Curves.of(rows, settings, data, length)
+    return Curves.of(rows, settings, DATA)
 
 
 KINDS = ("healthy", "not-learning", "over-fitting", "sinking", "data", "diverging", "too-few-steps")
@@ -115,7 +115,8 @@ def test_a_length_rule_that_does_as_well_is_reported() -> None:
     best = max(row["rewards/accuracies"] for row in curves.held_out or curves.train)
     rows = [*curves.train, *({f"eval_{k}": v for k, v in row.items()} | {"step": row["step"]} for row in curves.held_out)]  # fmt: skip
     for rule, names in ((best, ["data"]), (0.6, ["healthy"])):
-        found = find_health(Curves.of(rows, SETTINGS, DATA, max(rule, 0.6)))
+        lengths = {"chosen_longer": rule, "rejected_longer": 1 - rule}
+        found = find_health(Curves.of(rows, SETTINGS, DATA | lengths))
         assert [finding.name for finding in found] == names
     by_data = Curves.of(rows, SETTINGS, {**DATA, "chosen_longer": 0.96, "rejected_longer": 0.0})
     assert by_data.length_rule == pytest.approx(0.98)
