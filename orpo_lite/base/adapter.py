@@ -15,7 +15,7 @@ from orpo_lite.recipe.text import to_text
 
 
 def find_adapter(name: str) -> Path:
-    """Return the folder of a LoRA adapter. If ``name`` is not a folder, download it from the hub.
+    """Return the folder of a LoRA adapter. Download it if ``name`` is not a folder.
 
     Raises:
         ModelError: the folder holds no peft adapter in safetensors format.
@@ -204,7 +204,8 @@ def adopt_adapter(recipe: Recipe) -> Recipe:
         [
             RecipeError(
                 where=recipe.sources[key],
-                found=f"{key}: {to_text(wanted)} differs from the adapter to train further",
+                found=f"{key}: {to_text(wanted)} differs from the adapter in "
+                "model.adapter_name_or_path",
                 expected=f"{to_text(values[key])}, which is the adapter's value, or no value",
                 fix=Overrides(own, ", or leave the key out"),
             )

@@ -223,7 +223,7 @@ def refuse_pointers(folder: Path, patterns: list[str]) -> None:
 
 
 def manual_download(name: str, revision: str) -> str:
-    """Return the advice to download a repository with ``hf download`` where a network exists."""
+    """Return the advice to run ``hf download`` for a repository on a machine with a network."""
     return f"on a machine with a network, run: hf download {name} --revision {revision}"
 
 

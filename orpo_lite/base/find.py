@@ -125,10 +125,10 @@ def is_wrapper(config: Any) -> bool:
 
 
 def changes_frequencies(config: Any, max_length: int) -> bool:
-    """Return True if not all sequences of up to ``max_length`` tokens have the same frequencies.
+    """Return True if the rotary frequencies change with the length, up to ``max_length`` tokens.
 
-    The rotary frequencies of the rope types dynamic and longrope change if a sequence is longer
-    than the model's original maximum.
+    The rope types dynamic and longrope use other frequencies for a sequence that is longer than the
+    model's original maximum.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     # Some models have one set of parameters per layer type.

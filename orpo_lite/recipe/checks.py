@@ -1,4 +1,4 @@
-"""Find values of a recipe that contradict each other, although each of them alone is valid."""
+"""Find values of a recipe that contradict each other, although each value alone is valid."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

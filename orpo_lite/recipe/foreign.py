@@ -154,7 +154,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "ref_model": ("", "leave the line out; ORPO needs no reference model"),
     "remove_unused_columns": ("", "leave the line out; unused columns are ignored"),
 }
-"""Key of another tool -> (our key, or "" if we have none; a remark).
+"""Key of another tool -> (our key, remark). Our key is "" if we have no such key.
 
 Sources: TrainingArguments, TRL's ORPOConfig, LLaMA-Factory's and Axolotl's documented options.
 """

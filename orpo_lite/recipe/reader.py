@@ -104,7 +104,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def gpu_sizes() -> dict[str, str]:
-    """Return recipe name -> device that a shipped recipe needs: "8 GB" GPU, "8 GB or a CPU"."""
+    """Return recipe name -> GPU memory that the recipe needs: "8 GB" or "8 GB or a CPU"."""
     sizes: dict[str, str] = json.loads(GPU_SIZES.read_text(encoding="utf-8"))
     return sizes
 

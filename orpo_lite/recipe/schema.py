@@ -226,8 +226,8 @@ class TrainingSection(Section):
     warmup_steps: Steps = 0.1
     """Length of the warm-up: a share of all steps (below 1) or a number of steps."""
     optim: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = "paged_adamw_8bit"
-    """Optimizer. The paged ones are from bitsandbytes. They move their state to host memory if the
-    GPU's memory runs short."""
+    """Optimizer. The paged optimizers are from bitsandbytes. They move their state to host memory
+    if the GPU's memory is full."""
     adam_beta1: Fraction = 0.9
     """Decay rate of AdamW's first moment, the running mean of the gradient."""
     adam_beta2: Fraction = 0.999
@@ -286,8 +286,8 @@ class MemorySection(Section):
     """Number of tokens whose logits are computed at a time. auto: as many as fit into 96 MiB, or
     fewer if the plan needs that. none: all tokens of a forward pass, as in other trainers."""
     fused_lora: bool = True
-    """Compute a linear layer and its adapter in one operation. Their input is then kept only once,
-    in the model's data type."""
+    """Compute a linear layer and its adapter in one operation. The input that they share is then
+    kept only once, in the model's data type."""
     activation_checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
     """Decoder layers that do not keep their activations but are computed again in the backward
     pass: all, none, or a number of layers. auto: the plan chooses. Without a plan: all."""
@@ -304,8 +304,8 @@ class MemorySection(Section):
     def unplanned(self) -> "MemorySection":
         """Return a copy for a training without a plan.
 
-        If activation_checkpointing, mlp_tile, checkpoint_offload or embedding_on_cpu is auto, the
-        copy has all, null, false or false instead.
+        In the copy, these keys have another value instead of auto: activation_checkpointing (all),
+        mlp_tile (null), checkpoint_offload (false) and embedding_on_cpu (false).
         """
         plain: dict[str, Any] = {"activation_checkpointing": "all", "mlp_tile": None}
         plain |= {"checkpoint_offload": False, "embedding_on_cpu": False}

@@ -59,8 +59,8 @@ def read_module_names(value: object) -> object:
 def read_names(value: object) -> object:
     """Split a text with several names into a list: "a,b" or the JSON '["a", "b"]' -> ["a", "b"].
 
-    A text without commas is returned unchanged. So is the path of an existing file or folder,
-    because it may contain a comma.
+    A text without commas is returned unchanged. The path of an existing file or folder is returned
+    unchanged too, because a path may contain a comma.
     """
     if not isinstance(value, str) or Path(value).expanduser().exists():
         return value
@@ -145,7 +145,7 @@ def refuse_repository(name: str) -> None:
 
 
 def check_repository(name: str | None) -> str | None:
-    """Return ``name`` unchanged. Refuse it if no hub repository can have this name."""
+    """Return ``name``, which may be None. Raise ValueError for an invalid repository name."""
     if name is not None:
         refuse_repository(name)
     return name

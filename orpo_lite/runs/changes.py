@@ -52,7 +52,7 @@ PATHS = MOVABLE | {"model.adapter_name_or_path"}
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a value by a resume of the run."""
+    """A value of a run that changed when the run was resumed."""
 
     key: str
     """``section.key`` of the recipe, ``versions.NAME`` of a package, or ``dtype``."""
@@ -269,9 +269,9 @@ def record_changes(
 ) -> None:
     """Record in recipe.yaml and lock.json that a run continues after ``step`` with new values.
 
-    lock.json may already have a change at a step after ``step``, if the run continues from an older
-    checkpoint. The steps after ``step`` are then run again, with the changed value from the start.
-    So that change gets the step ``step``.
+    If the run continues from an older checkpoint, lock.json may have changes at steps after
+    ``step``. The run now repeats these steps with the changed values. So the changes are recorded
+    at ``step`` instead.
 
     recipe.yaml is written first. If the process is killed before lock.json is written, the next
     resume finds the change in recipe.yaml.

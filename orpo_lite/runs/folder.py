@@ -280,7 +280,7 @@ def find_trained_base(
 
 
 class _Log(logging.FileHandler):
-    """Writes log lines to a file and ignores write errors. If the disk is full, lines are lost."""
+    """A handler for a log file that ignores write errors. If the disk is full, lines are lost."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - its name in logging
         """Drop the line. logging would print a traceback for each lost line."""

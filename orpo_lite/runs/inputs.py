@@ -40,7 +40,7 @@ class Inputs:
     train: TokenizedPairs
     test: TokenizedPairs
     figures: dict[str, Any]
-    """The content of data.json."""
+    """The statistics of the data, which train writes to data.json."""
 
     @property
     def pad_id(self) -> int:
@@ -82,7 +82,7 @@ class Preview:
     """The result of `orpo-lite data`: figures, sample pairs and warnings."""
 
     figures: dict[str, Any]
-    """The content of data.json."""
+    """The statistics of the data, which train writes to data.json."""
     samples: dict[str, Any]
     """Pairs as text segments. ``first`` is the first pair. ``cut`` is the first pair whose response
     was cut, if there is one."""

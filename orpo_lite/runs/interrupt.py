@@ -1,4 +1,4 @@
-"""Collect SIGINT, SIGTERM and SIGHUP, so that the training can save its step before it stops."""
+"""Collect SIGINT, SIGTERM and SIGHUP, so that the training can save the current step first."""
 
 import signal
 import threading

@@ -21,7 +21,9 @@ RESULT = "result.json"
 
 
 def read_json(file: Path, needed: ValueTypes | None = None) -> dict[str, Any]:
-    """Return the JSON object in a file of the run. Its keys and types must match ``needed``.
+    """Return the JSON object in a file of the run.
+
+    ``needed`` gives the keys that the object must have, and the types of their values.
 
     Raises:
         CheckpointError: the file is missing or damaged, or lacks a needed value.
