@@ -15,10 +15,10 @@ from orpo_lite.recipe.text import to_text
 
 
 def find_adapter(name: str) -> Path:
-    """Return the folder of a LoRA adapter. If ``name`` is not a folder, download it from the hub.
+    """Return the folder of a LoRA adapter. Download it if ``name`` is not a folder.
 
     Raises:
-        ModelError: the folder holds no adapter in safetensors.
+        ModelError: the folder holds no peft adapter in safetensors format.
         HubError: the adapter cannot be downloaded.
     """
     local = Path(name).expanduser()
@@ -35,9 +35,9 @@ def find_adapter(name: str) -> Path:
 
 
 def base_of_adapter(folder: Path) -> str | None:
-    """Return the name of the base in an adapter's configuration, or None if it has none.
+    """Read the base's name from an adapter's configuration. Return None if the name is missing.
 
-    The name is a hub name or a folder.
+    The name is a hub name or the path of a folder.
     """
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path")
@@ -45,10 +45,11 @@ def base_of_adapter(folder: Path) -> str | None:
 
 
 def same_base(one: str, other: str) -> bool:
-    """Return True if two names, hub names or folders, may refer to the same base.
+    """Return True if two names may refer to the same base. A name is a hub name or a folder.
 
-    If both are folders with config.json, these files are compared. Otherwise the last parts of the
-    names are compared, because a folder often has the name of its hub repository.
+    If both names are folders with a config.json, the two files are compared. Otherwise the last
+    parts of the names are compared, because a folder often has the name of its hub repository:
+    "org/model-7b" and "/data/model-7b" -> True.
     """
     names, configs = set(), []
     for name in (one, other):
@@ -74,18 +75,19 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # valid values of vLLM's --max
 
 
 def not_in_vllm(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """Return the feature of an adapter that vLLM does not support, such as "DoRA", or "".
+    """Return a feature of an adapter that vLLM does not support, such as "DoRA".
 
-    vLLM has one scale, ``lora_alpha / r``, for all layers (its PEFTHelper). If the base's files
-    hold a larger model around the trained one, vLLM builds the larger model. The adapter's layer
-    names then match no layer.
+    Return "" if vLLM supports the adapter. vLLM uses one scale, ``lora_alpha / r``, for all layers
+    of an adapter (source: vLLM's PEFTHelper). Some bases are a part of a larger model, such as the
+    language model of an image-and-text model. vLLM builds the larger model. Its layers have other
+    names than the adapter's layers.
 
     Args:
         config: the adapter's configuration.
         base: the ``base`` entry of lock.json.
     """
     if base.get("wrapper"):  # runs of older versions did not record it
-        return "an adapter of a part of the base, whose layers have other names in the whole base"
+        return "an adapter of a part of the base (the layer names differ in the whole base)"
     if config.get("use_dora"):
         return "DoRA"
     if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "target_parameters")):
@@ -98,17 +100,21 @@ def not_in_vllm(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
 
 
 def vllm_rank(config: Mapping[str, Any], base: Mapping[str, Any]) -> int | None:
-    """Return vLLM's ``--max-lora-rank`` for an adapter, or None if vLLM cannot serve it."""
+    """Return the value of vLLM's option ``--max-lora-rank`` for an adapter.
+
+    Return None if vLLM cannot serve the adapter.
+    """
     if not_in_vllm(config, base):
         return None
     return next(rank for rank in VLLM_RANKS if rank >= config["r"])
 
 
 def read_adapter_config(folder: Path) -> Any:
-    """Return the peft configuration of a LoRA adapter, with settings for further training.
+    """Read the peft configuration of a LoRA adapter, and set it to training (not inference).
 
     Raises:
-        ModelError: the adapter is not plain LoRA, or its initialisation changes the base's weights.
+        ModelError: the configuration is invalid, the adapter is not plain LoRA, or the adapter's
+            initialisation changed the base's weights.
     """
     from peft import LoraConfig
 
@@ -128,7 +134,7 @@ def read_adapter_config(folder: Path) -> Any:
             fix=Overrides({"model.adapter_name_or_path": None}, ", which trains a new adapter"),
         )
     # If a value is missing, peft would use its default. That would change the adapter.
-    saved = "the value that the adapter was trained with"
+    saved = "that the adapter was trained with"
     for key in ("r", "lora_alpha"):
         value: Any = options.get(key)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -136,17 +142,19 @@ def read_adapter_config(folder: Path) -> Any:
             raise ModelError(
                 where=str(path),
                 found=f"{key}: {json.dumps(value)}",
-                expected=f"a whole number, {saved}",
+                expected=f"the whole number {saved}",
             )
     if not options.get("target_modules") and not options.get("target_parameters"):
-        raise ModelError(where=str(path), found="has no target_modules", expected=saved)
+        raise ModelError(
+            where=str(path), found="has no target_modules", expected=f"the target_modules {saved}"
+        )
     default = LoraConfig().to_dict()
     for key, value in options.items():
         if value and key not in ADAPTER_KEYS and value != default.get(key):
             raise ModelError(
                 where=str(path),
                 found=f"{key}: {value!r}",
-                expected="plain LoRA, without other trained parts",
+                expected=f"a plain LoRA adapter, which does not set {key}",
             )
     init = options.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "orthogonal"):
@@ -163,10 +171,12 @@ def read_adapter_config(folder: Path) -> Any:
 
 
 def adopt_adapter(recipe: Recipe) -> Recipe:
-    """Return the recipe with the lora values of the adapter that it continues to train.
+    """Replace the recipe's section lora by the values of the adapter to train further.
+
+    If model.adapter_name_or_path is not set, return the recipe unchanged.
 
     Raises:
-        RecipeError: the recipe sets a lora key to another value than the adapter has.
+        RecipeError: the recipe sets a key of the section lora, and the adapter has another value.
     """
     if not recipe.model.adapter_name_or_path:
         return recipe
@@ -194,8 +204,9 @@ def adopt_adapter(recipe: Recipe) -> Recipe:
         [
             RecipeError(
                 where=recipe.sources[key],
-                found=f"{key}: {to_text(wanted)} with model.adapter_name_or_path",
-                expected=f"{to_text(values[key])}, the value of the adapter, or no value",
+                found=f"{key}: {to_text(wanted)} differs from the adapter in "
+                "model.adapter_name_or_path",
+                expected=f"{to_text(values[key])}, which is the adapter's value, or no value",
                 fix=Overrides(own, ", or leave the key out"),
             )
             for key, wanted in differing.items()
@@ -205,9 +216,9 @@ def adopt_adapter(recipe: Recipe) -> Recipe:
 
 
 def adapted_modules(config: Any, folder: Path) -> str | list[str]:
-    """Return "all-linear", or the sorted names of the modules and parameters with an adapter.
+    """Return the modules and parameters that an adapter changes: "all-linear" or sorted names.
 
-    If the configuration has a regular expression instead of names, the names are read from the
+    If target_modules is a regular expression, the module names are read from the names of the
     adapter's tensors.
     """
     targets = config.target_modules or []
@@ -223,7 +234,7 @@ def adapted_modules(config: Any, folder: Path) -> str | list[str]:
                 where=str(file),
                 found=f"cannot be read ({error})",
                 expected="a complete safetensors file",
-                fix="download it again",
+                fix="download the file again",
             ) from error
         targets = {match["module"] for match in found if match}
     return sorted({*targets, *(config.target_parameters or [])})

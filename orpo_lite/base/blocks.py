@@ -37,7 +37,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file: its place, dtype and shape, without its values."""
+    """The offset, dtype and shape of a tensor in a safetensors file. Its values are not read."""
 
     name: str
     file: Path
@@ -53,7 +53,7 @@ class Stored:
 
     @property
     def rows(self) -> int:
-        """Return the length of the first axis. A scalar has one row."""
+        """Return the number of rows: the length of the first axis, or 1 for a scalar."""
         return self.shape[0] if self.shape else 1
 
     @property
@@ -64,7 +64,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows ``start:stop`` of a stored tensor."""
+    """A range of rows of a tensor in a file: ``start`` to ``stop - 1``. Values are not read."""
 
     stored: Stored
     start: int
@@ -72,7 +72,7 @@ class Rows:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Return name -> tensor for all weight files of a model folder, in the order of the files.
+    """Return tensor name -> :class:`Stored` for all weight files of a model folder, file by file.
 
     Raises:
         ModelError: a file is missing or damaged, or a tensor has an unknown dtype.
@@ -81,9 +81,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def read_header(file: Path) -> list[Stored]:
-    """Return the tensors of a safetensors file, sorted by their offset in the file.
+    """Read the header of a safetensors file. Return a :class:`Stored` per tensor, by offset.
 
-    Source of the format: https://github.com/huggingface/safetensors, section "Format".
+    The format is described in https://github.com/huggingface/safetensors, section "Format".
 
     Raises:
         ModelError: the file is missing, truncated or in another format, or a tensor has an unknown
@@ -116,10 +116,11 @@ def read_header(file: Path) -> list[Stored]:
 
 
 def in_blocks(stored: Stored, multiple: int | None = None) -> Iterator[Rows]:
-    """Yield all rows of a tensor in blocks of about BLOCK bytes. An empty tensor is one block.
+    """Split the rows of a tensor into blocks of about 4 MiB (BLOCK), and yield the blocks.
 
-    The number of rows in a block is a multiple of ``multiple``. The default for a matrix is 64
-    rows, so that each block begins at the start of a bitsandbytes block of 64 elements.
+    An empty tensor gives one block. Each block except the last has a multiple of ``multiple`` rows.
+    The default is 64 rows for a matrix, else 1. With 64 rows, each block also begins at the start
+    of a bitsandbytes block, which has 64 elements.
     """
     if multiple is None:
         multiple = 64 if len(stored.shape) == 2 else 1  # a row of a 3-D tensor is a whole expert
@@ -129,7 +130,7 @@ def in_blocks(stored: Stored, multiple: int | None = None) -> Iterator[Rows]:
 
 
 def read_rows(rows: Rows) -> Tensor:
-    """Read rows into a new tensor. Raise :class:`ModelError` if the file became shorter."""
+    """Read rows into a new tensor. Raise :class:`ModelError` if the file is now too short."""
     stored = rows.stored
     count = (rows.stop - rows.start) * stored.row_bytes
     data = torch.empty(count, dtype=torch.uint8)
@@ -161,7 +162,7 @@ def _fill(stream: BinaryIO, data: Tensor, stored: Stored) -> None:
 def compute_ahead(function: Callable[[Job], Made], jobs: Iterable[Job]) -> Iterator[Made]:
     """Yield ``function(job)`` for each job, in the order of the jobs.
 
-    Another thread computes the next BLOCKS_AHEAD results in advance.
+    Another thread computes the next two results (BLOCKS_AHEAD) in advance.
     """
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[Future[Made]] = deque()
@@ -174,7 +175,7 @@ def compute_ahead(function: Callable[[Job], Made], jobs: Iterable[Job]) -> Itera
 
 
 def split_into_files(tensors: Iterable[Stored], most: int) -> list[list[Stored]]:
-    """Return the tensors of each file. A file holds at most ``most`` bytes.
+    """Distribute tensors over files of at most ``most`` bytes. Return a list of tensors per file.
 
     The order of the tensors is kept. A tensor of more than ``most`` bytes gets its own file.
     """
@@ -192,15 +193,16 @@ def split_into_files(tensors: Iterable[Stored], most: int) -> list[list[Stored]]
 def write_model(
     folder: Path, files: Sequence[Sequence[Stored]], blocks: Iterator[Tensor]
 ) -> Iterator[int]:
-    """Write tensors to safetensors files with the names that transformers uses.
+    """Write tensors to safetensors files. Name the files as transformers does.
 
-    If there are several files, write an index too. Each file is flushed to the disk while the next
-    blocks are computed.
+    If there are several files, write an index file too. While a file is flushed to the disk, the
+    next blocks can already be computed.
 
     Args:
         folder: an empty folder.
         files: the tensors of each file. Only their names, dtypes and shapes are used.
-        blocks: the contents of all tensors of all files, in order. A block may have any size.
+        blocks: the contents of all tensors of all files, in order. A block may have any size, but
+            it must not contain data of two files.
 
     Yields:
         The number of bytes written so far, after each block.
@@ -247,7 +249,7 @@ def write_model(
 def _sync(descriptor: int) -> None:
     """Flush a file to the disk. Do nothing if the file system cannot flush (FUSE, SMB).
 
-    ``orpo_lite.runs.folder.locked`` notes such a file system.
+    For such a file system, ``orpo_lite.runs.folder.locked`` yields a warning.
     """
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Read a base's config.json, and check that transformers has this model and that it can be trained.
+"""Read a base's config.json, and check that the base can be trained.
 
-Only causal language models in 16 bit can be trained. No weights are loaded, and no code of the base
-runs.
+The installed transformers must support the base. The base must be a causal language model, and its
+weights must not be quantised. No weights are loaded, and no code of the base runs.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from typing import Any
 from orpo_lite.errors import Command, ModelError, Overrides
 
 BASE, ADAPTER = "model.model_name_or_path", "model.adapter_name_or_path"
-CAUSAL = "a decoder-only (causal) language model of transformers"
+CAUSAL = "a decoder-only (causal) language model that transformers supports"
 
 
 def read_config(path: Path, name: str) -> Any:
@@ -24,7 +24,7 @@ def read_config(path: Path, name: str) -> Any:
 
     Args:
         path: the folder.
-        name: the base's name in messages.
+        name: the base's name, for error messages.
 
     Raises:
         ModelError: the base cannot be trained.
@@ -36,7 +36,7 @@ def read_config(path: Path, name: str) -> Any:
         raise ModelError(
             where=f"model {name}",
             found="needs Python code from its repository (auto_map in config.json)",
-            expected="an architecture that is a part of transformers",
+            expected="a model whose code is a part of transformers",
         )
     _refuse_quantised(raw, name)
     _refuse_unknown(raw, name)
@@ -50,9 +50,9 @@ def read_config(path: Path, name: str) -> Any:
 
 
 def build_empty(config: Any, path: Path) -> Any:
-    """Return the model of a configuration on torch's meta device, without weights.
+    """Build the model of a transformers configuration on torch's meta device, without weights.
 
-    ``path`` is the base's folder, for messages.
+    ``path`` is the base's folder, for error messages.
 
     Raises:
         ModelError: transformers cannot build the model.
@@ -68,7 +68,9 @@ def build_empty(config: Any, path: Path) -> Any:
         raise ModelError(
             where=f"model {path}",
             found=f"model_type {config.model_type!r} needs packages that are not installed",
-            expected=", ".join(packages) or str(error).strip().splitlines()[0],
+            expected=f"the packages {', '.join(packages)}"
+            if packages
+            else str(error).strip().splitlines()[0],
             fix=Command(f"pip install {' '.join(packages)}") if packages else "",
         ) from error
     except Exception as error:  # a value in the file can raise anything
@@ -76,9 +78,9 @@ def build_empty(config: Any, path: Path) -> Any:
 
 
 def read_sizes(folder: Path) -> dict[str, Any]:
-    """Return the values in config.json, or {} if it cannot be read.
+    """Return the values in a folder's config.json, or {} if the file cannot be read.
 
-    The values of ``text_config`` are moved to the top level. transformers is not imported.
+    The values of ``text_config`` are copied to the top level. transformers is not imported.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -91,7 +93,10 @@ def read_sizes(folder: Path) -> dict[str, Any]:
 
 
 def refuse_adapter(path: Path, name: str) -> None:
-    """Raise :class:`ModelError` if a folder holds an adapter. The fix sets the adapter's base."""
+    """Raise :class:`ModelError` if a folder holds an adapter instead of a base.
+
+    The error's fix sets two recipe keys: the adapter, and the base that its configuration names.
+    """
     file = path / "adapter_config.json"
     if not file.is_file():
         return
@@ -117,16 +122,18 @@ def _read_raw(path: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         refuse_adapter(path, name)
         inside = [*sorted(path.glob("*/config.json")), *sorted(path.glob("*/*/config.json"))]
-        hint = f", but its subfolder {inside[0].parent.relative_to(path)} has" if inside else ""
+        hint = f", but its subfolder {inside[0].parent.relative_to(path)} has one" if inside else ""
         raise ModelError(
             where=f"model {name}",
             found=f"has no config.json{hint}",
-            expected="a transformers model folder",
+            expected="the folder of a transformers model",
             fix=Overrides({BASE: str(inside[0].parent)}) if inside else "",
         ) from None
     except ValueError as error:
         raise ModelError(
-            where=str(file), found=f"is not JSON: {error}", expected="a transformers configuration"
+            where=str(file),
+            found=f"is not a JSON object: {error}",
+            expected="a transformers configuration",
         ) from None
     return raw
 
@@ -134,7 +141,7 @@ def _read_raw(path: Path, name: str) -> dict[str, Any]:
 def _refuse_quantised(raw: dict[str, Any], name: str) -> None:
     """Raise :class:`ModelError` if the weights are quantised.
 
-    If transformers can dequantise them, the fix is the command for it.
+    If transformers can dequantise the weights, the fix is a command that does so.
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -146,9 +153,9 @@ def _refuse_quantised(raw: dict[str, Any], name: str) -> None:
     found = settings[0]
     method = found.get("quant_method") if isinstance(found, dict) else None
     config_type = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
-    fix: str = "use the 16-bit model that it was made from; its model card should name that model"
+    fix: str = "use the original 16-bit model, which the model card should name"
     if not found:
-        fix = "if the weights are in 16 bit, remove the key from config.json"
+        fix = f"if the weights are in 16 bit, remove {' or '.join(QUANTISED)} from config.json"
     if config_type is not None and "dequantize" in inspect.signature(config_type).parameters:
         folder = f"./{Path(name).name}-bfloat16"
         fix = _python(
@@ -190,9 +197,9 @@ def _refuse_unknown(raw: dict[str, Any], name: str) -> None:
             f"pip install --upgrade {wanted}", f", because transformers {saved} saved the model"
         )
     elif near:
-        fix = f"if it is misspelt, write {near[0]}"
+        fix = f"if model_type is misspelt, write {near[0]}"
     else:
-        fix = "install a later release of transformers, if one has this model_type"
+        fix = "install a newer transformers, if a newer version has this model_type"
     found = f"model_type {model_type!r} is not in transformers {own}"
     raise ModelError(
         where=f"model {name}",
@@ -210,17 +217,17 @@ def _refuse_non_causal(config: Any, name: str) -> None:
     encoder = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type)
     multimodal = auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(model_type)
     if config.is_encoder_decoder:
-        found = "is an encoder-decoder"
+        found = "is an encoder-decoder model"
     elif encoder and not getattr(config, "is_decoder", False):
         found = f"is an encoder ({encoder}), whose tokens attend to later tokens"
     elif model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return
     elif multimodal:
-        found = f"is multimodal: transformers has {multimodal}"
+        found = f"is a multimodal model ({multimodal} in transformers)"
         fix = _text_part(config, name)
     else:
-        own_class = auto.MODEL_MAPPING_NAMES.get(model_type, "a part of a model")
-        found = f"is {own_class}, which has no language model"
+        own_class = auto.MODEL_MAPPING_NAMES.get(model_type, "a part of a larger model")
+        found = f"is {own_class}, which is not a language model"
     raise ModelError(
         where=f"model {name}", found=f"model_type {model_type!r} {found}", expected=CAUSAL, fix=fix
     )
@@ -236,13 +243,13 @@ def _text_part(config: Any, name: str) -> str:
     text, model_type = config.get_text_config(), config.get_text_config().model_type
     if getattr(text, "use_bidirectional_attention", None):
         return (
-            f"use another model, because in the text part of this one ({model_type}) tokens "
+            f"use another model, because in this model's text part ({model_type}), tokens "
             "attend to later tokens"
         )
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return (
-            "use another model, because transformers has no causal language model for the text "
-            f"part of this one ({model_type})"
+            "use another model, because transformers has no causal language model for this "
+            f"model's text part ({model_type})"
         )
     folder = f"./{Path(name).name}-text"
     return _python(
@@ -255,7 +262,7 @@ def _text_part(config: Any, name: str) -> str:
         "text.set_output_embeddings(whole.get_output_embeddings())",
         f"text.save_pretrained({json.dumps(folder)})",
         _save_tokenizer(name, folder),
-        then=f" saves its text part ({model_type}) as a model of its own; "
+        then=f" saves the model's text part ({model_type}) as a separate model; "
         f"then set {BASE}={shlex.quote(folder)}",
     )
 
@@ -268,20 +275,21 @@ def _save_tokenizer(name: str, folder: str) -> str:
 
 
 def _python(*lines: str, then: str) -> Command:
-    """Return a shell command that runs lines of Python, with ``then`` as advice after it."""
+    """Return a shell command that runs lines of Python. ``then`` is advice after the command."""
     return Command(f"python -c {shlex.quote('; '.join(lines))}", then)
 
 
 def _unbuildable(path: Path, error: Exception) -> ModelError:
     """Return the error for a config.json from which transformers cannot build a model.
 
-    It quotes the first two lines of transformers' message, which name the wrong value.
+    The error quotes the first two lines of transformers' message. They name the wrong value.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ModelError(
         where=str(path / "config.json"),
-        found=f"transformers {importlib.metadata.version('transformers')} cannot build its model: "
+        found=f"transformers {importlib.metadata.version('transformers')} cannot build the model: "
         f"{type(error).__name__}: {' '.join(lines[:2])}",
-        expected="valid values for its architecture",
-        fix="download config.json again; if the model is newer than transformers, upgrade it",
+        expected="values that are valid for the model's architecture",
+        fix="download config.json again; if the model is newer than transformers, upgrade "
+        "transformers",
     )

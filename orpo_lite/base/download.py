@@ -43,9 +43,9 @@ UNREACHABLE = (HTTPError, OSError, ValueError)
 
 
 def resolve(name: str, revision: str, patterns: list[str]) -> str:
-    """Check access to a hub repository and the disk space, and return its commit.
+    """Check the access to a hub repository and the free disk space. Return the commit's hash.
 
-    If the hub cannot be reached, return the commit of the cached copy.
+    If the hub cannot be reached, return the commit of the copy in the cache.
 
     Args:
         name: owner/name of the repository.
@@ -53,10 +53,10 @@ def resolve(name: str, revision: str, patterns: list[str]) -> str:
         patterns: patterns of the files to download.
 
     Raises:
-        ModelError: the repository has no weights in safetensors.
+        ModelError: the repository has no weights in safetensors format.
         FitError: there is not enough disk space.
-        HubError: the repository is unknown or gated, or the hub cannot be reached and there is no
-            cached copy.
+        HubError: the repository or revision is unknown, the repository is gated, or the hub cannot
+            be reached and the cache has no copy.
     """
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT)
@@ -96,9 +96,9 @@ def hub_host() -> str:
 
 
 def _remember(name: str, revision: str, commit: str) -> None:
-    """Record in the hub's cache which commit a branch has, for later use without a network.
+    """Record a branch's commit in the hub's cache, so that the branch can be used offline later.
 
-    The client does not record it if files are downloaded by commit.
+    The hub's client does not record the commit of a branch if files are downloaded by commit.
     """
     ref = (
         Path(constants.HF_HUB_CACHE)
@@ -112,7 +112,9 @@ def _remember(name: str, revision: str, commit: str) -> None:
 
 
 def download(name: str, commit: str, patterns: list[str]) -> Path:
-    """Download files of a hub repository that are not in the cache, and return their folder.
+    """Download the files that the cache lacks, and return the repository's folder in the cache.
+
+    ``patterns`` selects the files of the repository ``name`` at ``commit``.
 
     Raises:
         FitError: the disk is full.
@@ -135,9 +137,9 @@ def download(name: str, commit: str, patterns: list[str]) -> Path:
 
 
 def find_cached(name: str, revision: str, patterns: list[str]) -> Path | None:
-    """Return the folder of a hub repository in the cache, or None if it is not cached.
+    """Return the folder of a hub repository in the cache, or None if the cache has no copy.
 
-    The hub is not asked. The folder may lack some of the files.
+    No request is sent to the hub. The folder may be incomplete.
     """
     try:
         options: dict[str, Any] = {
@@ -151,7 +153,7 @@ def find_cached(name: str, revision: str, patterns: list[str]) -> Path | None:
 
 
 def hub_error(name: str, revision: str, error: Exception) -> HubError:
-    """Return the :class:`HubError`, with a fix, for an exception of the hub's client."""
+    """Convert an exception of the hub's client into a :class:`HubError` with a fix."""
     where = f"hub, {name} at {revision}"
     page = f"{constants.ENDPOINT}/{name}"
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, UNREACHABLE):
@@ -176,7 +178,7 @@ def hub_error(name: str, revision: str, error: Exception) -> HubError:
         return HubError(
             where=where,
             found="does not exist, or you have no access",
-            expected="owner/name, or a local folder",
+            expected="the owner/name of a repository, or a local folder",
             fix=fix,
         )
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
@@ -195,7 +197,7 @@ def hub_error(name: str, revision: str, error: Exception) -> HubError:
     return HubError(
         where=where,
         found=f"{what} and is not in the cache",
-        expected="a connection, or a downloaded copy",
+        expected="a connection to the hub, or a copy in the cache",
         fix=fix,
     )
 
@@ -203,7 +205,7 @@ def hub_error(name: str, revision: str, error: Exception) -> HubError:
 def refuse_pointers(folder: Path, patterns: list[str]) -> None:
     """Raise :class:`ModelError` if a file holds a Git LFS pointer instead of its content.
 
-    ``patterns`` selects the files.
+    Only the files in ``folder`` that match ``patterns`` are checked.
     """
     found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     for file in sorted(found):
@@ -222,14 +224,15 @@ def refuse_pointers(folder: Path, patterns: list[str]) -> None:
 
 
 def manual_download(name: str, revision: str) -> str:
-    """Return advice: the command that downloads a repository on a machine with a network."""
+    """Return the advice to run ``hf download`` for a repository on a machine with a network."""
     return f"on a machine with a network, run: hf download {name} --revision {revision}"
 
 
 def check_disk(folder: Path, needed: int, purpose: str) -> None:
-    """Raise :class:`FitError` if the disk of a folder has less than ``needed`` free bytes.
+    """Raise :class:`FitError` if the disk of a folder has fewer than ``needed`` free bytes.
 
-    The folder does not need to exist. ``purpose`` says in the message what needs the space.
+    The folder may not exist yet. ``purpose`` names the task that needs the space, for the message:
+    "downloading org/model".
     """
     while not folder.exists():
         folder = folder.parent

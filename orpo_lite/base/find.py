@@ -27,7 +27,7 @@ BLOCK = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that was found and can be trained. Its text files are on disk."""
+    """A base model that can be trained. Its text files (config, tokenizer) are on disk."""
 
     name: str
     """The name on the hub, or the absolute path of a local folder."""
@@ -35,23 +35,23 @@ class Base:
     revision: str | None
     """The commit on the hub, or None for a local folder."""
     fingerprint: str
-    """The result of :func:`fingerprint`, or "" while the weights are not on disk."""
+    """The result of :func:`fingerprint`, or "" if the weights are not on disk yet."""
     config: Any
     """The transformers configuration."""
 
 
 def find_base(name: str, revision: str) -> Base:
-    """Find and check a base, and download its text files. The weights are not downloaded yet.
+    """Find and check a base, and download its text files (config, tokenizer), not its weights.
 
-    If the base is on the hub, check access and the disk space for the weights.
+    If the base is on the hub, check the access and the disk space for the weights.
 
     Args:
         name: a hub name (owner/name) or a local folder.
         revision: a branch, tag or commit on the hub.
 
     Raises:
-        ModelError: the base is not a causal language model in safetensors, or needs code from its
-            repository.
+        ModelError: the base is not a causal language model, has no weights in safetensors format,
+            or needs Python code from its repository.
         FitError: there is not enough disk space for the download.
         HubError: the repository is unknown or gated, or the hub cannot be reached.
     """
@@ -71,11 +71,10 @@ def find_base(name: str, revision: str) -> Base:
 
 
 def find_text_files(name: str, revision: str, *, weights: bool = False) -> tuple[Path, str | None]:
-    """Return (folder, commit): the folder with the text files of a base, and its commit on the hub.
+    """Find or download the text files of a base (config, tokenizer). Return (folder, commit).
 
-    The text files include the tokenizer. The commit is None for a local folder. ``weights`` also
-    checks that the hub has weights and that the disk has space for them. Raises the same errors as
-    :func:`find_base`.
+    For a local folder, the commit is None. If ``weights`` is true, also check that the hub has the
+    weights and that the disk has space for them. Raises the same errors as :func:`find_base`.
     """
     local = Path(name).expanduser()
     patterns = [*TEXT, *WEIGHTS] if weights else TEXT
@@ -86,7 +85,7 @@ def find_text_files(name: str, revision: str, *, weights: bool = False) -> tuple
         raise ModelError(
             where=f"model.model_name_or_path: {name}",
             found="no such folder",
-            expected="a folder with config.json and safetensors, or a hub name",
+            expected="a folder with config.json and safetensors files, or a hub name",
         )
     commit = resolve(name, revision, patterns)
     return download(name, commit, TEXT), commit
@@ -114,9 +113,10 @@ def fetch_weights(base: Base) -> Base:
 
 
 def is_wrapper(config: Any) -> bool:
-    """Return True if the base's files hold a larger model, of which only a part is trained.
+    """Return True if the base's files hold a larger model than the part that is trained.
 
-    An example is a model with an image encoder. The layers in its files have longer names.
+    Example: of a model with an image encoder, only the language model is trained. Its layers have
+    longer names in the files than in the trained part.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -125,9 +125,10 @@ def is_wrapper(config: Any) -> bool:
 
 
 def changes_frequencies(config: Any, max_length: int) -> bool:
-    """Return True if sequences of up to ``max_length`` tokens have different rotary frequencies.
+    """Return True if the rotary frequencies change with the length, up to ``max_length`` tokens.
 
-    The rope types dynamic and longrope use other frequencies if a sequence is long.
+    The rope types dynamic and longrope use other frequencies for a sequence that is longer than the
+    model's original maximum.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     # Some models have one set of parameters per layer type.
@@ -144,8 +145,8 @@ def changes_frequencies(config: Any, max_length: int) -> bool:
 def find_config(name: str, revision: str) -> Any:
     """Return the transformers configuration of a base in a folder or on the hub.
 
-    The file bases.json holds those of the shipped recipes' bases, which then need no request.
-    Raises the same errors as :func:`find_base`.
+    The bases of the shipped recipes need no request to the hub: their configurations are in this
+    package's bases.json. Raises the same errors as :func:`find_base`.
     """
     from transformers import AutoConfig
 
@@ -163,8 +164,8 @@ def find_config(name: str, revision: str) -> Any:
 def weight_files(path: Path) -> list[Path]:
     """Return the paths of the weight files that transformers would load from a folder.
 
-    The path is model.safetensors. If that file does not exist and there is an index, the paths are
-    those in the index. It is not checked that the files exist.
+    If model.safetensors exists, or if there is no index, return only the path of model.safetensors.
+    Otherwise return the paths in the index, model.safetensors.index.json. The files may be missing.
 
     Raises:
         ModelError: the index is damaged, or names a file outside the folder.
@@ -186,10 +187,10 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def fingerprint(path: Path) -> str:
-    """Return a hash of config.json and of samples of each weight file.
+    """Return a hash of a base: of its config.json and of samples of each weight file.
 
-    For each weight file, the samples are its size, its first and last MiB, and 16 blocks of 1 MiB
-    between them. It would take a minute to read a whole 7B base from a slow disk. Samples are
+    The samples of a weight file are its name, its size, its first and last MiB, and 16 blocks of
+    1 MiB between them. Reading a whole 7B base from a slow disk would take a minute. Samples are
     enough, because fine-tuning changes every block of a tensor.
     """
     digest = hashlib.sha256((path / "config.json").read_bytes())
@@ -204,7 +205,7 @@ def fingerprint(path: Path) -> str:
 
 
 def linear_names(base: Base) -> list[str]:
-    """Return the names of the base's linear layers, except the output head. Load no weights."""
+    """Return the names of the base's linear layers, without the output head. Load no weights."""
     from torch import nn
 
     model = build_empty(base.config, base.path)
@@ -222,8 +223,8 @@ def linear_names(base: Base) -> list[str]:
 def check_targets(recipe: Recipe, base: Base) -> None:
     """Raise :class:`ModelError` if an entry of lora.target_modules matches no layer.
 
-    peft ignores such an entry if another entry matches a layer. The entries of an existing adapter
-    are checked later, before its merge.
+    peft raises no error for such an entry if another entry matches a layer. If the recipe continues
+    an existing adapter, the adapter's entries are checked later, before the merge.
     """
     if recipe.lora.target_modules == "all-linear" or recipe.model.adapter_name_or_path:
         return
@@ -239,15 +240,15 @@ def check_targets(recipe: Recipe, base: Base) -> None:
             raise ModelError(
                 where=where,
                 found=found,
-                expected=f"names of layers: {', '.join(ends)}",
+                expected=f"one or more of {', '.join(ends)}",
                 fix=Overrides({"lora.target_modules": "all-linear"}),
             )
 
 
 def check_embedding(recipe: Recipe, config: Any) -> None:
-    """Raise :class:`RecipeError` if memory.embedding_on_cpu is true for a tied embedding.
+    """Raise :class:`RecipeError` if memory.embedding_on_cpu is true and the embedding is tied.
 
-    A tied embedding is also the output head.
+    A tied embedding has the same weights as the output head, so it cannot move to the CPU.
     """
     if recipe.memory.embedding_on_cpu is True and config.get_text_config().tie_word_embeddings:
         raise RecipeError(
@@ -259,12 +260,12 @@ def check_embedding(recipe: Recipe, config: Any) -> None:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Return the tokenizer in a folder of a base or adapter, exactly as tokenizer.json defines it.
+    """Return the tokenizer of a base or adapter folder, exactly as tokenizer.json defines it.
 
     Some tokenizer classes of transformers read only the vocabulary from tokenizer.json and build
-    the rest themselves. If such a tokenizer differs from the file, or if it is a slow tokenizer, it
-    is replaced by one that reads the whole file. The attribute ``replaced`` holds the reason, or ""
-    if nothing was replaced.
+    the rest themselves. The class is replaced by one that reads the whole file in three cases: its
+    tokenizer differs from the file, it is a slow tokenizer, or it raises an error. The attribute
+    ``replaced`` of the result holds the reason, or "" if the class was not replaced.
 
     Raises:
         ModelError: the tokenizer cannot be loaded.
@@ -293,12 +294,13 @@ def load_tokenizer(path: Path) -> Any:
         fix = ""
         settings = path / "tokenizer_config.json"
         if settings.is_file() and not _holds_object(settings):
-            found, fix = f"{settings.name} is not a JSON object", "download it again"
+            found, fix = f"{settings.name} is not a JSON object", "download this file again"
         elif file.is_file():
             found += f" (tokenizers {importlib.metadata.version('tokenizers')})"
             fix = Command(
                 "pip install --upgrade tokenizers transformers",
-                ", if the tokenizer is newer than these packages; else download it again",
+                ", if the tokenizer is newer than these packages; else download tokenizer.json "
+                "again",
             )
         raise ModelError(
             where=f"tokenizer in {path}",
@@ -354,7 +356,7 @@ def _changed_parts(file: Path, tokenizer: Any) -> list[str]:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Return a token id for padding. The id does not matter, as padding is masked by position."""
+    """Return a token id for padding. Any id is right, because padding is masked by position."""
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     return 0 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)

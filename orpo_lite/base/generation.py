@@ -1,4 +1,4 @@
-"""Read the generation config of a base, and add the token that ends an answer."""
+"""Read the generation config of a base, and add the token that ends an answer to the config."""
 
 import json
 from collections.abc import Mapping
@@ -13,11 +13,12 @@ SAMPLING = ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 
 
 def read_generation_config(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return (config, note): the generation config of a base, and a note if its file is not used.
+    """Return (config, note): a base's generation config, and a note if its file cannot be loaded.
 
-    The note is "" if the file is used. The file's values are not changed. transformers refuses to
-    save some configs that it can load, but a correction would change their meaning. If the file is
-    missing or cannot be loaded, the config is made from config.json, as in transformers.
+    The config has the values of generation_config.json, unchanged. transformers can load some
+    values that it refuses to save, but correcting them would change their meaning. If the file is
+    missing or cannot be loaded, the config is made from config.json, as transformers does. If the
+    file is loaded or missing, the note is "".
     """
     from transformers import GenerationConfig
 
@@ -40,9 +41,10 @@ def read_generation_config(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def with_ends(config: Mapping[str, Any], end_id: int, pad_id: int) -> dict[str, Any]:
-    """Return the config with ``end_id`` as the first of the tokens that end an answer.
+    """Return the config with ``end_id`` as the first id in eos_token_id.
 
-    It is added because the config of a base often lacks the end token of the chat template.
+    ``end_id`` is the token that ends an answer in the chat template. The config of a base often
+    lacks this token. ``pad_id`` becomes the config's pad_token_id.
     """
     known = config.get("eos_token_id")
     ends = [end_id, *(known if isinstance(known, list) else [known])]

@@ -1,4 +1,4 @@
-"""Compare the shapes of a base's weights with config.json. Only the files' headers are read."""
+"""Compare the shapes of a base's weights with config.json. Only headers of files are read."""
 
 from orpo_lite.base.blocks import stored_tensors
 from orpo_lite.base.config import build_empty
@@ -11,8 +11,8 @@ SHOWN = 3
 def check_weights(base: Base) -> None:
     """Raise :class:`ModelError` if weights cannot be read or their shapes do not fit config.json.
 
-    When transformers loads weights, it renames and transposes some tensors. So tensors with unknown
-    names are not checked here, and the order of a shape's dimensions is ignored.
+    Tensors with unknown names are not checked, and the order of a shape's dimensions is ignored.
+    The reason is that transformers renames and transposes some tensors when it loads them.
     """
     stored = stored_tensors(base.path)
     model = build_empty(base.config, base.path)

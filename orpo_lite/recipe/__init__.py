@@ -1,4 +1,4 @@
-"""The recipe: the settings that a person chooses.
+"""Define, read and check recipes. A recipe is a YAML file with the settings of a training.
 
 Import order: text, values, schema, checks, foreign, reader.
 """

@@ -1,14 +1,18 @@
-"""Find values of a recipe that contradict each other, although each of them alone is valid."""
+"""Find values of a recipe that contradict each other, although each value alone is valid."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from orpo_lite.errors import Overrides, RecipeError
 from orpo_lite.recipe.schema import Recipe
+from orpo_lite.recipe.text import to_text
 
 
 def contradictions(recipe: Recipe) -> Iterator[RecipeError]:
-    """Yield an error for each pair of keys whose values contradict each other."""
+    """Yield an error for each pair of keys whose values contradict each other.
+
+    Also yield an error if data.test_split_size is above 1 and not a whole number.
+    """
     data, training, memory = recipe.data, recipe.training, recipe.memory
     if data.prompt_limit >= data.max_length:
         yield _contradiction(
@@ -40,7 +44,7 @@ def contradictions(recipe: Recipe) -> Iterator[RecipeError]:
             recipe,
             "memory.checkpoint_offload",
             "memory.activation_checkpointing",
-            "at least one checkpointed layer, because only their inputs are offloaded",
+            "a checkpointed layer, because only inputs of checkpointed layers are offloaded",
             {"memory.activation_checkpointing": "all"},
         )
     if recipe.output.push_to_hub and recipe.output.hub_model_id is None:
@@ -78,7 +82,7 @@ def _settings_of_packing(recipe: Recipe) -> Iterator[RecipeError]:
                 recipe,
                 f"memory.{key}",
                 "memory.packing",
-                "packed rows, because the setting has no effect on padded rows",
+                f"packed rows, because {key} has no effect on padded rows",
                 {"memory.packing": True},
             )
 
@@ -86,12 +90,12 @@ def _settings_of_packing(recipe: Recipe) -> Iterator[RecipeError]:
 def _contradiction(
     recipe: Recipe, one: str, other: str, expected: str, fix: Mapping[str, Any] | str
 ) -> RecipeError:
-    """Return the error for two keys. It names the place where one of them is set, if any is."""
+    """Return the error for two keys. Its place is where the first key is set, else the second."""
     values = dict(recipe.items())
     places = [recipe.sources[key] for key in (one, other) if recipe.sources[key] != "default"]
     return RecipeError(
         where=places[0] if places else "recipe",
-        found=f"{one}: {values[one]} with {other}: {values[other]}",
+        found=f"{one} is {to_text(values[one])}, but {other} is {to_text(values[other])}",
         expected=expected,
         fix=fix if isinstance(fix, str) else Overrides(fix),
     )

@@ -10,7 +10,7 @@ from orpo_lite.recipe.schema import FULL_KEYS, KEYS
 from orpo_lite.recipe.text import Written
 
 # Remarks that several keys share.
-PAIRS_PER_STEP = "it counts pairs per optimizer step over all devices"
+PAIRS_PER_STEP = "it counts the pairs of an optimizer step over all devices"
 PACKED = "it is on by default; pairs are put end to end, without padding"
 MODULES = "all-linear, or a list of module names"
 DTYPES = "bfloat16, float16, float32 or auto"
@@ -28,7 +28,8 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "gradient_accumulation_steps": ("training.global_batch_size", PAIRS_PER_STEP),
     "micro_batch_size": (
         "memory.micro_batch_size",
-        "it counts pairs in one forward pass; training.global_batch_size counts those of a step",
+        "it counts the pairs of a forward pass; training.global_batch_size counts the pairs of an "
+        "optimizer step",
     ),
     "per_device_eval_batch_size": (
         "memory.micro_batch_size",
@@ -45,7 +46,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "sample_packing": ("memory.packing", PACKED),
     "use_liger_kernel": (
         "memory.head_chunk",
-        "auto by default, which never computes all logits at once",
+        "the default, auto, computes the logits of a few tokens at a time",
     ),
     "lora_r": ("lora.r", ""),
     "lora_rank": ("lora.r", ""),
@@ -57,7 +58,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "lora_target_linear": ("lora.target_modules", "write all-linear"),
     "exclude_modules": (
         "lora.target_modules",
-        "list the modules to adapt; excluded modules are only read from an existing adapter",
+        "list the modules to adapt; only an existing adapter may have exclude_modules",
     ),
     "layers_to_transform": (
         "lora.target_modules",
@@ -65,7 +66,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     ),
     "target_parameters": (
         "",
-        "leave the line out; it is only read from an existing adapter",
+        "leave the line out; only an existing adapter may have target_parameters",
     ),
     "base_model": ("model.model_name_or_path", ""),
     "revision": ("model.model_revision", ""),
@@ -117,7 +118,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "hub_always_push": ("", PUSHED_ONCE),
     "hf_use_auth_token": (
         "",
-        "leave the line out; the token is from `hf auth login` or HF_TOKEN",
+        "leave the line out; `hf auth login` or HF_TOKEN provides the token",
     ),
     "trust_remote_code": ("", "leave the line out; code from the hub is never run"),
     "resume_from_checkpoint": (
@@ -153,7 +154,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "ref_model": ("", "leave the line out; ORPO needs no reference model"),
     "remove_unused_columns": ("", "leave the line out; unused columns are ignored"),
 }
-"""Key of another tool -> (our key, or "" if we have none; a remark).
+"""Key of another tool -> (our key, remark). Our key is "" if we have no such key.
 
 Sources: TrainingArguments, TRL's ORPOConfig, LLaMA-Factory's and Axolotl's documented options.
 """
@@ -163,10 +164,10 @@ BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def answer_unknown(written: dict[str, Written]) -> Iterator[RecipeError]:
-    """Remove unknown keys from ``written`` and yield an error for each one.
+    """Remove unknown keys from ``written``, and yield an error for each unknown key.
 
-    If another tool has the key, the error names our key with the same meaning. Otherwise it names
-    our most similar key.
+    If the key is from another tool (such as TRL), the error names our key with the same meaning.
+    Otherwise the error names our most similar key.
     """
     known = {f"{section}.{key}" for section, keys in KEYS.items() for key in keys}
     batch = [f"{section}{key}" for section in ("", "training.") for key in BATCH_KEYS]
@@ -195,7 +196,10 @@ def _write_ours(ours: str, remark: str) -> str:
 
 
 def _suggest_similar(key: str) -> str:
-    """Return a suggestion: the most similar key of the section, of any section, or a section."""
+    """Return a suggestion for an unknown key.
+
+    It is the most similar key of the same section, else of any section, else a similar section.
+    """
     section, _, bare = key.rpartition(".")
     for keys in (KEYS.get(section, []), list(FULL_KEYS)):
         if similar := difflib.get_close_matches(bare, keys, n=1, cutoff=0.6):
@@ -206,10 +210,9 @@ def _suggest_similar(key: str) -> str:
 
 
 def _batch_product(values: Sequence[Any]) -> int:
-    """Return the product of the values of another tool's batch keys.
+    """Multiply the values of another tool's batch keys. On one device, this is global_batch_size.
 
-    On one device it is our global_batch_size. Return 0 if there are no values, or if one of them is
-    not a whole number.
+    Return 0 if there are no values, or if one of them is not a whole number.
     """
     if not values or not all(str(value).isdigit() for value in values):
         return 0

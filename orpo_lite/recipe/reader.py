@@ -32,7 +32,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         name: the name of a shipped recipe, such as ``"mistral-qlora"``, or a path, such as
             ``"./mine.yaml"``. A name with a / or the suffix .yaml is a path.
-        overrides: texts ``"section.key=value"``. The type of the key decides how the value is read.
+        overrides: texts ``"section.key=value"``. The value gets the key's type in the schema.
 
     Raises:
         RecipeError: the recipe or an override is wrong. The error lists all faults.
@@ -51,9 +51,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """Return the file of a recipe. ``name`` is the name of a shipped recipe, or a path.
+    """Return the path of a recipe's file. ``name`` is the name of a shipped recipe, or a path.
 
-    If there is no such file, raise :class:`RecipeError` with similar names.
+    If no such recipe exists, raise a :class:`RecipeError` that suggests similar names.
     """
     if "/" in name or name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
@@ -62,7 +62,8 @@ def find_recipe(name: str) -> Path:
                 where=name,
                 found="is a folder",
                 expected="a YAML file",
-                fix=f"orpo-lite recipes cp NAME {name.rstrip('/')}/recipe.yaml",
+                fix="name a file in the folder, or copy a shipped recipe to it: "
+                f"orpo-lite recipes cp NAME {name.rstrip('/')}/recipe.yaml",
             )
         if not path.is_file():
             near = difflib.get_close_matches(
@@ -82,7 +83,7 @@ def find_recipe(name: str) -> Path:
             where=f"--recipe {name}",
             found="no shipped recipe has this name",
             expected="the name of a shipped recipe, or a path",
-            fix=f"did you mean {', '.join(near)}? {LIST}; a path needs a / or .yaml"
+            fix=f"did you mean {', '.join(near)}? {LIST}; a path must contain / or end in .yaml"
             if near
             else LIST,
         )
@@ -95,15 +96,15 @@ LIST = "`orpo-lite recipes ls` lists the shipped recipes"
 def shipped_recipes() -> dict[str, Path]:
     """Return name -> file of each shipped recipe, sorted by name.
 
-    The files are in the folder recipes of a checkout. If there is no checkout, they are in the
-    installed package.
+    In a git checkout, the files are in the folder recipes. Otherwise they are in the installed
+    package.
     """
     checkout = CHECKOUT.is_dir() and (CHECKOUT.parent / "pyproject.toml").is_file()
     return {path.stem: path for path in sorted((CHECKOUT if checkout else SHIPPED).glob("*.yaml"))}
 
 
 def gpu_sizes() -> dict[str, str]:
-    """Return name of a shipped recipe -> the GPU that it needs: "8 GB", or "8 GB or a CPU"."""
+    """Return recipe name -> GPU memory that the recipe needs: "8 GB" or "8 GB or a CPU"."""
     sizes: dict[str, str] = json.loads(GPU_SIZES.read_text(encoding="utf-8"))
     return sizes
 
@@ -137,7 +138,7 @@ def _compose(path: Path) -> yaml.MappingNode:
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(
             where=str(path),
-            found=f"{path.stat().st_size:,} bytes",
+            found=f"has {path.stat().st_size:,} bytes",
             expected=f"a recipe of at most {MAX_BYTES:,} bytes",
         )
     try:
@@ -153,8 +154,8 @@ def _compose(path: Path) -> yaml.MappingNode:
         raise RecipeError(
             where=str(path),
             found=found,
-            expected=f"the sections {', '.join(KEYS)}",
-            fix="orpo-lite recipes cp NAME PATH",
+            expected=f"a mapping with the sections {', '.join(KEYS)}",
+            fix="copy a shipped recipe: orpo-lite recipes cp NAME PATH",
         )
     return root
 
@@ -168,7 +169,7 @@ def _decode(content: bytes, path: Path) -> str:
     if encoding := _wide_encoding(content):
         raise RecipeError(
             where=f"{path}:1",
-            found=f"{encoding} text",
+            found=f"is {encoding} text",
             expected="UTF-8 text",
             fix=_fix_encoding(path, encoding),
         )
@@ -192,7 +193,7 @@ def _decode(content: bytes, path: Path) -> str:
         raise RecipeError(
             where=f"{path}:{text.count(chr(10), 0, other.start(1)) + 1}",
             found=f"is indented by the character U+{ord(other[1]):04X} ({name})",
-            expected="plain spaces",
+            expected="indentation by plain spaces",
             fix=_fix_with(path, r"perl -CSD -pe 's/[^\S\n]/ /g'"),
         )
     return text
@@ -201,7 +202,7 @@ def _decode(content: bytes, path: Path) -> str:
 def _wide_encoding(content: bytes) -> str:
     """Return the name of a UTF-16 or UTF-32 encoding, or "" if the bytes are in neither.
 
-    It is detected by the byte order mark, or by a zero byte among the first two.
+    The encoding is detected by the byte order mark, or by a zero byte among the first two bytes.
     """
     if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
@@ -246,16 +247,16 @@ def _nodes(text: str, where: str) -> Any:
                 raise RecipeError(
                     where=place,
                     found=f"YAML anchor or alias {token.value!r}",
-                    expected="plain values",
+                    expected="values without anchors and aliases",
                     fix="write the value itself on this line",
                 )
             depth += isinstance(token, OPENING_TOKENS) - isinstance(token, CLOSING_TOKENS)
             if depth > MAX_DEPTH:
                 raise RecipeError(
                     where=place,
-                    found="is nested too deeply",
+                    found="the YAML is nested too deeply",
                     expected=f"at most {MAX_DEPTH} levels of brackets or indentation",
-                    fix="close the brackets",
+                    fix="close open brackets, or use less indentation",
                 )
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -270,7 +271,7 @@ def _nodes(text: str, where: str) -> Any:
 
 
 def _entries(node: yaml.MappingNode) -> Iterator[tuple[str, Any, int]]:
-    """Yield (key, value node, line) for each key of a mapping. Of duplicate keys, use the first."""
+    """Yield (key, value node, line) for each key of a mapping. Skip repetitions of a key."""
     seen = set()
     for key_node, value_node in node.value:
         key = str(key_node.value)
@@ -303,8 +304,8 @@ def _duplicates(node: Any, path: Path) -> Iterator[RecipeError]:
 def _plain(node: Any, *, typed: bool = False) -> Any:
     """Return the value of a YAML node: a dict, a list, a text or None.
 
-    Numbers, true and false stay texts, because YAML would guess their types. With ``typed`` they
-    are read as in JSON. This is for keys whose values have no type in the schema.
+    Numbers, true and false stay texts, because YAML would guess their types. If ``typed`` is true,
+    they are read as in JSON. Keys whose values have no type in the schema need this.
     """
     if isinstance(node, yaml.MappingNode):
         return {str(key.value): _plain(value, typed=typed) for key, value in node.value}
@@ -339,7 +340,7 @@ def _read_overrides(overrides: Sequence[str], written: dict[str, Written]) -> It
             )
             yield RecipeError(
                 where=f"argument {text!r}",
-                found="is not an override",
+                found="is not an override of a recipe key",
                 expected="section.key=value",
                 fix=fix,
             )
@@ -421,7 +422,7 @@ def _explain(
         key = ".".join(str(part) for part in item["loc"][:2])
         message = re.sub(r"^(Input should be|Value error,|Assertion failed,) ?", "", item["msg"])
         message = (
-            "a value, because it has no default"
+            "a value, because the key has no default"
             if item["type"] == "missing"
             else re.sub(r", unable to.*", "", message)
         )

@@ -1,7 +1,8 @@
 """The schema of a recipe: eight sections, their keys, types and defaults.
 
-A key has the name that TRL, transformers or peft gives it. Defaults are defined only here. A recipe
-file holds only the values that differ from them. This module does not import torch.
+If TRL, transformers or peft has a key, the recipe uses the same name. Defaults are defined only
+here. A recipe file needs only the values that differ from the defaults. This module does not import
+torch.
 """
 
 import textwrap
@@ -33,9 +34,9 @@ Steps = Annotated[float, BeforeValidator(read_steps)]
 
 
 class Section(BaseModel):
-    """A section of a recipe. It is immutable and refuses unknown keys.
+    """Base class of the recipe's sections. A section is immutable and refuses unknown keys.
 
-    The docstring of each field is its documentation. ``orpo-lite recipes show`` prints it.
+    ``orpo-lite recipes show`` prints the docstrings of the fields.
     """
 
     model_config = ConfigDict(
@@ -143,19 +144,19 @@ class DataSection(Section):
     """How a row holds its pair. auto: detect the format from the columns and values, and report
     the reason."""
     column_map: dict[str, str | Annotated[list[str], Field(min_length=1)]] = {}
-    """The dataset's column for each of our names, such as {prompt: question, chosen: good}. If
-    datasets name a column differently, write a list: {chosen: [good, win]}."""
+    """Our column name -> the dataset's column name, such as {prompt: question, chosen: good}. If
+    several datasets name a column differently, write a list: {chosen: [good, win]}."""
     max_samples: int | None = Field(None, ge=1)
     """Number of rows to read from the start of each dataset. null: all rows."""
     max_bad_rows: Fraction = 0.01
-    """Largest share of rows that may have an error, such as NaN or a tool call. Such rows are left
-    out. If there are more of them, the command fails. 3 rows are always allowed."""
+    """Largest share of rows that may have an error, such as NaN or a tool call. Rows with an error
+    are left out. If their share is larger, the command fails. 3 such rows are always allowed."""
     max_length: int = Field(2048, ge=8)
-    """Largest number of tokens of prompt and response together. If there are more, the end of the
+    """Largest number of tokens of prompt and response together. If they are longer, the end of the
     response is cut off."""
     max_prompt_length: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Largest number of tokens of a prompt. Pairs with a longer prompt are left out. auto: half of
-    max_length. Both rules are from the ORPO paper (Appendix C)."""
+    max_length. The ORPO paper does the same (Appendix C)."""
     chat_template: str = "auto"
     """Chat template: auto, none or the path of a .jinja file. auto: the tokenizer's template, or
     the ORPO paper's if the tokenizer has none. none: join prompt and response as plain text."""
@@ -164,19 +165,19 @@ class DataSection(Section):
 
     @property
     def names(self) -> list[str]:
-        """The names of the datasets as a list, also if there is only one."""
+        """Return the names of the datasets as a list, even if there is only one dataset."""
         return [self.dataset_name] if isinstance(self.dataset_name, str) else self.dataset_name
 
     @property
     def prompt_limit(self) -> int:
-        """``max_prompt_length`` as a number of tokens. For auto it is half of ``max_length``."""
+        """Return ``max_prompt_length`` as a number of tokens: for auto, half of ``max_length``."""
         return self.max_length // 2 if self.max_prompt_length == "auto" else self.max_prompt_length
 
     @property
     def columns(self) -> dict[str, list[str]]:
-        """``column_map`` with a list for each name: our name -> columns of the datasets.
+        """Return ``column_map`` with lists: ``{"chosen": "good"}`` -> ``{"chosen": ["good"]}``.
 
-        If a row has several of these columns, the first one in the list is read.
+        A list holds names of dataset columns. If a row has several of them, the first is read.
         """
         return {
             ours: [names] if isinstance(names, str) else names
@@ -193,8 +194,8 @@ class LossSection(Section):
     """Weight of the odds-ratio term. The paper calls it λ, the authors' code alpha. 0: plain
     supervised fine-tuning on the chosen responses."""
     completion_only_loss: bool = False
-    """true: the NLL does not count the prompt's tokens, as in the paper's text. false: it counts
-    them, as in the authors' code and in TRL."""
+    """true: the NLL counts only the response's tokens, as in the paper's text. false: the NLL also
+    counts the prompt's tokens, as in the authors' code and in TRL."""
     nll_reduction: Literal["token", "pair"] = "token"
     """How the NLL is averaged. token: over all counted tokens of the optimizer step. pair: first
     over the counted tokens of each pair, then over the pairs."""
@@ -204,12 +205,12 @@ class TrainingSection(Section):
     """The optimisation. The keys have the names of transformers' TrainingArguments.
 
     ``train --resume RUN KEY=VALUE`` may change the learning rate, its schedule, the number of steps
-    and the evaluations. The learning rate depends only on the number of the step. So after the
-    resume, each step has the same learning rate as in a run that began with the new values.
+    and the evaluations. The learning rate of a step depends only on these values and on the step's
+    number. So a resumed run has the same learning rates as a run that began with the new values.
     """
 
     output_dir: Annotated[str, Field(min_length=1), AfterValidator(expand_home)] = "runs/orpo"
-    """Path of the run folder. It is created. A folder that exists and is not empty is refused."""
+    """Path of the run folder, which train creates. An existing folder must be empty."""
     learning_rate: Positive = 5e-5
     """Highest learning rate, after the warm-up. `train --resume RUN` may change it, for instance if
     the loss diverged."""
@@ -219,14 +220,14 @@ class TrainingSection(Section):
     """Number of passes over the training pairs. It may be a fraction, such as 0.5."""
     max_steps: Annotated[int, Field(ge=-1), AfterValidator(refuse_zero)] = -1
     """Number of optimizer steps. -1: as many as num_train_epochs needs. The learning-rate schedule
-    has the same length, also if --resume changes the number."""
+    always has this number of steps, even if --resume changes the number."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
     """How the learning rate falls after the warm-up. constant: it does not fall."""
     warmup_steps: Steps = 0.1
     """Length of the warm-up: a share of all steps (below 1) or a number of steps."""
     optim: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = "paged_adamw_8bit"
-    """Optimizer. The paged ones are from bitsandbytes. They move their state to host memory if the
-    GPU's memory runs short."""
+    """Optimizer. The paged optimizers are from bitsandbytes. They move their state to host memory
+    if the GPU's memory is full."""
     adam_beta1: Fraction = 0.9
     """Decay rate of AdamW's first moment, the running mean of the gradient."""
     adam_beta2: Fraction = 0.999
@@ -245,8 +246,8 @@ class TrainingSection(Section):
     """true: keep the adapter with the lowest held-out loss. false: keep the last adapter. Without
     held-out pairs, the last adapter is always kept."""
     early_stopping_patience: int | None = Field(None, ge=1)
-    """Stop if this many evaluations in a row bring no lower held-out loss. null: never stop
-    early."""
+    """Stop after this many evaluations in a row without a new lowest held-out loss. null: never
+    stop early."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed for the order of the data, the held-out split, the adapter's initial values and
     dropout."""
@@ -263,7 +264,7 @@ class TrainingSection(Section):
 class MemorySection(Section):
     """The memory settings of a step, with our own names. They do not change loss or gradient.
 
-    If a value is auto, the plan (``orpo-lite plan``) chooses it.
+    The plan (``orpo-lite plan``) chooses each value that is auto, except the budget.
     """
 
     budget: Annotated[str, BeforeValidator(check_budget)] = "auto"
@@ -279,14 +280,14 @@ class MemorySection(Section):
     """Largest number of tokens in one packed forward pass. A pair with more tokens gets a pass of
     its own. auto: the plan chooses. Without a plan: twice data.max_length."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Largest number of pairs in one forward pass. null: with packing, as many as
-    micro_batch_tokens allows; without packing, one."""
+    """Largest number of pairs in one forward pass. null: with packing, as many pairs as
+    micro_batch_tokens allows; without packing, one pair."""
     head_chunk: Literal["auto", "none"] | Annotated[int, Field(ge=1)] = "auto"
     """Number of tokens whose logits are computed at a time. auto: as many as fit into 96 MiB, or
-    fewer if the plan needs that. none: all of a forward pass at once, as other trainers do."""
+    fewer if the plan needs that. none: all tokens of a forward pass, as in other trainers."""
     fused_lora: bool = True
-    """Compute a linear layer and its adapter in one operation. Their input is then kept only once,
-    in the model's data type."""
+    """Compute a linear layer and its adapter in one operation. The input that they share is then
+    kept only once, in the model's data type."""
     activation_checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
     """Decoder layers that do not keep their activations but are computed again in the backward
     pass: all, none, or a number of layers. auto: the plan chooses. Without a plan: all."""
@@ -297,11 +298,15 @@ class MemorySection(Section):
     """Number of tokens that an MLP computes at a time. Fewer tokens take less memory. null: all at
     once. auto: the plan chooses. Without a plan: null."""
     embedding_on_cpu: Literal["auto"] | bool = "auto"
-    """Keep the input embedding in host memory. This is not possible if it is tied to the output
-    head. auto: the plan chooses. Without a plan: false."""
+    """Keep the input embedding in host memory. This is not possible if the embedding is tied to the
+    output head. auto: the plan chooses. Without a plan: false."""
 
     def unplanned(self) -> "MemorySection":
-        """Return a copy in which each auto is replaced by its value without a plan."""
+        """Return a copy for a training without a plan.
+
+        In the copy, these keys have another value instead of auto: activation_checkpointing (all),
+        mlp_tile (null), checkpoint_offload (false) and embedding_on_cpu (false).
+        """
         plain: dict[str, Any] = {"activation_checkpointing": "all", "mlp_tile": None}
         plain |= {"checkpoint_offload": False, "embedding_on_cpu": False}
         return self.model_copy(
@@ -309,9 +314,9 @@ class MemorySection(Section):
         )
 
     def checkpointed(self, layers: int) -> int:
-        """Return the number of checkpointed layers, for a model of ``layers`` decoder layers.
+        """Return how many of a model's ``layers`` decoder layers are checkpointed.
 
-        They are the first layers of the model.
+        The checkpointed layers are the first ones of the model.
         """
         amount = self.activation_checkpointing
         if isinstance(amount, int):
@@ -320,7 +325,7 @@ class MemorySection(Section):
 
     @property
     def budget_bytes(self) -> int | None:
-        """``budget`` in bytes, or None for auto."""
+        """Return ``budget`` in bytes, or None for auto."""
         return None if self.budget == "auto" else read_bytes(self.budget)
 
 
@@ -336,7 +341,7 @@ PLANNED_SETTINGS = (
 
 
 class OutputSection(Section):
-    """Settings of the merge, report, samples and push, with our own names."""
+    """Settings of the merge, the report, the sample answers and the push to the hub."""
 
     merge: bool = True
     """Merge the adapter into the 16-bit base at the end of the training."""
@@ -345,8 +350,8 @@ class OutputSection(Section):
     curves, data and answers. false: only `orpo-lite report` writes it."""
     samples: int = Field(3, ge=0, le=20)
     """Number of held-out prompts that are answered before the training, at each evaluation and at
-    the end. As many neutral prompts (at most five) are answered too. They are not from the data, so
-    the model card can show them."""
+    the end. The same number of neutral prompts (at most five) is answered too. Neutral prompts are
+    not from the data, so the model card can show them."""
     max_new_tokens: int = Field(64, ge=1)
     """Largest number of tokens of each answer to these prompts (see samples)."""
     push_to_hub: bool = False
@@ -357,14 +362,14 @@ class OutputSection(Section):
     does not exist, it is created."""
     hub_private_repo: bool = True
     """true: create a private repository, which only you or your organisation can see. false: create
-    a public one."""
+    a public repository."""
     send_report: bool = False
     """Send report.html to wandb and trackio at the end. The default is false, because the report
     quotes prompts and answers."""
 
 
 class Recipe(Section):
-    """A complete recipe: all sections, and where each value was set (:attr:`sources`)."""
+    """A complete recipe: all sections. :attr:`sources` tells where each value was set."""
 
     model: ModelSection
     quantization: QuantizationSection = QuantizationSection()
@@ -379,12 +384,15 @@ class Recipe(Section):
 
     @property
     def sources(self) -> Mapping[str, str]:
-        """``section.key`` -> where it was set: "default", "NAME.yaml:LINE" or "command line"."""
+        """Return ``section.key`` -> place of its value.
+
+        A place is "default", "NAME.yaml:LINE" or "command line".
+        """
         return {key: self._sources.get(key, "default") for key, _ in self.items()}
 
     @property
     def micro_batch_tokens(self) -> int:
-        """``memory.micro_batch_tokens`` as a number. For auto it is twice ``data.max_length``."""
+        """Return ``memory.micro_batch_tokens`` as a number: for auto, 2 * ``data.max_length``."""
         tokens = self.memory.micro_batch_tokens
         return 2 * self.data.max_length if tokens == "auto" else tokens
 
@@ -413,7 +421,7 @@ class Recipe(Section):
         return self.override({f"memory.{key}": value for key, value in settings.items()})
 
     def to_yaml(self, *, comments: bool = False) -> str:
-        """Return the whole recipe as YAML. ``comments`` adds each key's documentation above it."""
+        """Return the whole recipe as YAML. ``comments`` adds a comment above each key."""
         lines = []
         for name in type(self).model_fields:
             section = getattr(self, name)

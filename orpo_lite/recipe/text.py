@@ -37,7 +37,7 @@ def gib(size: int) -> str:
 
 
 class _OneLine(yaml.SafeDumper):
-    """A YAML dumper that puts a text with line breaks in quotes, on one line."""
+    """A YAML dumper that writes a text with line breaks as one quoted line."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -60,9 +60,10 @@ def to_text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Written:
-    """A value as the recipe or the command line has it, and where it is written.
+    """A value as it is written in a recipe file or on the command line, and its place.
 
-    The value is a text, None, or a list or mapping of these. The schema converts texts to numbers.
+    The value is a text, None, or a list or mapping of these. Numbers are texts too, until the
+    schema converts them. The values in data.chat_template_kwargs may also have other JSON types.
     """
 
     value: Any

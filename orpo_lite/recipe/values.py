@@ -1,6 +1,6 @@
-"""Read and check values of a recipe. If a value is invalid, a function raises ValueError.
+"""Convert and check values of a recipe.
 
-The error's text says what is expected.
+For an invalid value, a function raises ValueError. The error's text says what is expected.
 """
 
 import json
@@ -13,29 +13,31 @@ from orpo_lite.recipe.text import read_bytes
 
 
 def read_steps(value: object) -> float:
-    """Return a share of all steps (below 1) or a number of steps, as TrainingArguments has it."""
+    """Return a share of all steps (below 1) or a whole number of steps, as a float.
+
+    transformers' TrainingArguments reads its step settings in the same way.
+    """
+    expected = "a share of all steps below 1 (such as 0.1), or a whole number of steps"
     try:
         steps = float(value)  # type: ignore[arg-type]
-    except TypeError:  # null or a list
-        raise ValueError("should be a valid number") from None
-    if not 0 <= steps < float("inf"):
-        raise ValueError("should be a share of the steps (0.1) or a whole number of them (100)")
-    if steps > 1 and steps != int(steps):
-        raise ValueError("a share of all steps below 1, or a whole number of steps")
+    except (TypeError, ValueError):  # null, a list or another text
+        raise ValueError(expected) from None
+    if not 0 <= steps < float("inf") or (steps > 1 and steps != int(steps)):
+        raise ValueError(expected)
     return steps
 
 
 def refuse_zero(value: int) -> int:
-    """Return a number of steps; refuse 0. -1 means as many steps as the epochs need."""
+    """Return a number of steps, or -1 (as many steps as the epochs need). Refuse 0."""
     if value == 0:
-        raise ValueError("-1, or at least one step")
+        raise ValueError("at least one step, or -1 for as many as num_train_epochs needs")
     return value
 
 
 def expand_home(value: str) -> str:
-    """Return a path with its leading ~ replaced by the home folder.
+    """Replace a leading ~ of a path by the home folder: "~/runs" -> "/home/me/runs".
 
-    A shell does not replace it in ``KEY=~/runs``.
+    This is needed because a shell does not replace the ~ in ``KEY=~/runs``.
     """
     path = os.path.expanduser(value)
     if path.startswith("~"):
@@ -55,9 +57,10 @@ def read_module_names(value: object) -> object:
 
 
 def read_names(value: object) -> object:
-    """Return the names in a JSON list, or in a text with commas, as a list.
+    """Split a text with several names into a list: "a,b" or the JSON '["a", "b"]' -> ["a", "b"].
 
-    If the whole text is the path of a file, it is one name. A file's name may contain a comma.
+    A text without commas is returned unchanged. The path of an existing file or folder is returned
+    unchanged too, because a path may contain a comma.
     """
     if not isinstance(value, str) or Path(value).expanduser().exists():
         return value
@@ -83,7 +86,7 @@ def _split_at_commas(value: str) -> list[str]:
 
 
 def to_json_values(value: dict[str, Any]) -> dict[str, Any]:
-    """Convert values to types of JSON. A date, which YAML makes of 2024-07-26, becomes a text."""
+    """Convert values to JSON types. A date (YAML reads 2024-07-26 as a date) becomes a text."""
     plain: dict[str, Any] = json.loads(json.dumps(value, default=str))
     return plain
 
@@ -93,9 +96,9 @@ BASE_CHANGING = {"pissa", "olora", "loftq", "corda", "eva", "lora-ga", "lora"}
 
 
 def check_lora_init(value: object) -> object:
-    """Return the value of init_lora_weights, with "true" as True.
+    """Return the value of init_lora_weights, with the text "true" as True.
 
-    Refuse methods that change the base's weights.
+    Refuse methods that change the base's weights, such as PiSSA.
     """
     name = str(value).lower()
     if name.split("_")[0] in BASE_CHANGING:
@@ -107,16 +110,16 @@ def check_lora_init(value: object) -> object:
 
 
 def check_budget(value: object) -> object:
-    """Return a memory budget. Refuse a value that is neither auto nor a size above 0."""
+    """Return a memory budget. It must be "auto" or a size above 0, such as "24GiB"."""
     if isinstance(value, str) and value != "auto" and read_bytes(value) == 0:
         raise ValueError("auto, or a size such as 24GiB")
     return value
 
 
 def check_attention(value: object) -> object:
-    """Refuse a hub repository as attention implementation.
+    """Return the name of an attention implementation. Refuse the name of a hub repository.
 
-    transformers would download its compiled code and run it.
+    If the name is a hub repository, transformers downloads compiled code from it and runs the code.
     """
     if isinstance(value, str) and "/" in value:
         raise ValueError(
@@ -132,7 +135,7 @@ MAX_REPOSITORY_LENGTH = 96
 
 
 def refuse_repository(name: str) -> None:
-    """Raise ValueError if a name is not a valid name of a hub repository."""
+    """Raise ValueError if ``name`` cannot be the name of a hub repository."""
     is_valid = REPOSITORY.fullmatch(name) and len(name) <= MAX_REPOSITORY_LENGTH
     if not is_valid or "--" in name or ".." in name or name.endswith(".git"):
         raise ValueError(
@@ -142,7 +145,7 @@ def refuse_repository(name: str) -> None:
 
 
 def check_repository(name: str | None) -> str | None:
-    """Return the name of a hub repository, or None. Refuse an invalid name."""
+    """Return ``name``, which may be None. Raise ValueError for an invalid repository name."""
     if name is not None:
         refuse_repository(name)
     return name

@@ -1,4 +1,4 @@
-"""Read and write the run folder. Commands such as merge read there what train has written.
+"""Read and write the run folder: files that train writes and that other commands read later.
 
 Import order: atomic, commands, inputs, interrupt, records, lock, changes, folder.
 """

@@ -1,4 +1,4 @@
-"""Write files and folders completely or not at all, also if the process is killed."""
+"""Write files and folders completely or not at all, even if the process is killed."""
 
 import errno
 import hashlib
@@ -30,7 +30,7 @@ def write_text(file: Path, text: str) -> None:
     """Write a text file completely or not at all.
 
     Raises:
-        FitError: the disk is full, or the file is larger than the size limit.
+        FitError: the disk is full, or the file is larger than the system's size limit.
         CheckpointError: the file cannot be written for another reason.
     """
     temporary = file.with_name(f".{file.name}.tmp")
@@ -43,17 +43,17 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write into, next to ``final``.
+    """Yield a temporary folder to write into. At the end, it replaces the folder ``final``.
 
-    If there is no error, the temporary folder is flushed to the disk and replaces ``final``. After
-    an error it is removed. Raises the same errors as :func:`write_text`.
+    The temporary folder is flushed to the disk first. After an error, the temporary folder is
+    removed, and ``final`` is unchanged. Raises the same errors as :func:`write_text`.
     """
     # If final were a link, the link would be replaced and its target would remain.
     if final.is_symlink() or (final.exists() and not final.is_dir()):
         found = "is a symbolic link" if final.is_symlink() else "is a file"
         fix = "move it to another place; only the run folder itself may be a link to another disk"
         raise CheckpointError(
-            where=str(final), found=found, expected="a folder, or no such path", fix=fix
+            where=str(final), found=found, expected="a folder, or nothing at this path", fix=fix
         )
     temporary, old = (final.with_name(f".{final.name}.{end}") for end in ("tmp", "old"))
     try:
@@ -78,10 +78,11 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_files(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder. Files that are written there are then moved into ``folder``.
+    """Yield a temporary folder to write files into. At the end, move the files into ``folder``.
 
-    If there is no error, the files are flushed to the disk first. Each file is moved atomically.
-    Other files in ``folder`` are not changed. Raises the same errors as :func:`write_text`.
+    The files are flushed to the disk first. Each file is moved atomically. If the caller raises an
+    error, no file is moved. Other files in ``folder`` are not changed. Raises the same errors as
+    :func:`write_text`.
     """
     temporary = folder / ".new.tmp"
     try:
@@ -114,11 +115,15 @@ def _sync_all(folder: Path) -> list[Path]:
 
 @contextmanager
 def explain_write_errors(final: Path, temporary: Path) -> Iterator[None]:
-    """Convert an OSError while a file or folder is written into an error with a fix.
+    """If the code in the context fails to write, raise an error that has a fix.
 
     Args:
         final: the path of the file or folder, for messages.
-        temporary: the path that is written first.
+        temporary: the path that is written first, before it is renamed to ``final``.
+
+    Raises:
+        FitError: the disk is full, or the file is larger than the system's size limit.
+        CheckpointError: another OSError or SafetensorError occurred.
     """
     try:
         yield
@@ -133,7 +138,7 @@ def explain_write_errors(final: Path, temporary: Path) -> Iterator[None]:
             raise FitError(
                 where=str(final),
                 found=f"the disk is full ({free})",
-                fix="free some space; earlier files were not changed",
+                fix="free some space; existing files were not changed",
             ) from error
         places = (str(temporary), str(final))
         if (
@@ -143,7 +148,7 @@ def explain_write_errors(final: Path, temporary: Path) -> Iterator[None]:
         ):
             found = f"cannot be read ({error.strerror})"
             raise CheckpointError(
-                where=str(error.filename), found=found, expected="a file of the run"
+                where=str(error.filename), found=found, expected="a readable file of the run"
             ) from error
         raise CheckpointError(
             where=str(final),
@@ -155,7 +160,7 @@ def explain_write_errors(final: Path, temporary: Path) -> Iterator[None]:
 def sync(path: Path) -> bool:
     """Flush a file's content, or a folder's list of files, to the disk.
 
-    Return True. If the file system cannot flush (FUSE, SMB), return False.
+    Return False if the file system does not support this (FUSE, SMB), else True.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

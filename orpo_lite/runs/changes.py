@@ -1,7 +1,7 @@
 """Read and record how the recipe of a run was changed by `train --resume`.
 
 lock.json holds the values at the start of the run and each later change. recipe.yaml holds the
-current values. It is not enough alone, because a person may have edited it.
+current values. recipe.yaml alone is not enough, because a person may have edited it.
 """
 
 import json
@@ -52,14 +52,14 @@ PATHS = MOVABLE | {"model.adapter_name_or_path"}
 
 @dataclass(frozen=True)
 class Change:
-    """A value that changed when the run was resumed."""
+    """A value of a run that changed when the run was resumed."""
 
     key: str
     """``section.key`` of the recipe, ``versions.NAME`` of a package, or ``dtype``."""
     before: Any
     after: Any
     after_step: int
-    """Number of steps before the change. The next step is the first one with the new value."""
+    """Number of steps before the change. The next step is the first step with the new value."""
 
     def __str__(self) -> str:
         return f"{self.key}: {to_text(self.before)} -> {to_text(self.after)}"
@@ -94,8 +94,9 @@ _DEFAULTS: dict[str, Any] = {
 def values_at_start(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``section.key`` -> value at the start of a run.
 
-    A key that the run's version of orpo-lite did not have gets its default. Old versions recorded
-    at most the values of the section lora. For their runs, the others are read from recipe.yaml.
+    If the run's version of orpo-lite did not have a key yet, the key gets its default. Old versions
+    recorded at most the section lora in lock.json. For runs of these versions, the other values are
+    read from recipe.yaml.
     """
     if "recipe" in lock:
         check_values(lock, {"recipe": dict}, str(path / "lock.json"))
@@ -106,7 +107,7 @@ def values_at_start(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def values_in_force(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``section.key`` -> value in the newest step of a run."""
+    """Return ``section.key`` -> value after all changes, as used by the newest step of a run."""
     changes = read_changes(lock, str(path / "lock.json"))
     return values_at_start(path, lock) | {
         change.key: change.after for change in changes if is_recipe_key(change.key)
@@ -114,18 +115,18 @@ def values_in_force(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_recipe_key(key: str) -> bool:
-    """Return True if the key of a change is a key of the recipe, not a package version."""
+    """Return True for a recipe key (``lora.r``), False for ``versions.torch`` or ``dtype``."""
     return key.partition(".")[0] in KEYS
 
 
 def trained_recipe(path: Path) -> Recipe:
-    """Return the recipe that a run was trained with, for commands that use the result of the run.
+    """Return the recipe that a run was trained with, for commands that use the trained adapter.
 
-    If a person edited recipe.yaml after the training, only new locations of files are read from it.
-    ``train --resume`` would apply the other edits.
+    If recipe.yaml was edited after the training, only new paths of the base, the data and the
+    template are taken from it. Other edits have no effect here; ``train --resume`` applies them.
 
     Raises:
-        CheckpointError: the folder is not a run, or recipe.yaml has a new value for a key that may
+        CheckpointError: the folder is not a run, or recipe.yaml has a new value for a key that must
             not change.
     """
     recipe = with_absolute_paths(read_recipe(path))
@@ -138,7 +139,7 @@ def trained_recipe(path: Path) -> Recipe:
 def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe of a run from its recipe.yaml, and apply overrides.
 
-    training.output_dir of the result is ``path``, also if the folder was moved.
+    In the result, training.output_dir is ``path``, even if the run folder was moved.
 
     Args:
         path: the run folder.
@@ -168,14 +169,15 @@ def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def find_changes(path: Path, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
-    """Compare a recipe with the values in the newest step of a run, to resume the run with it.
+    """Compare a recipe with the values in a run's newest step, before the run is resumed.
 
     Returns:
         The recipe to resume with, and ``section.key`` -> new value for each changed key. If
         ``recipe`` does not set a key, the run's value is kept.
 
     Raises:
-        CheckpointError: a key has another value and may not change.
+        CheckpointError: a key that must not change has a new value, or a new num_train_epochs has
+            no effect because max_steps is set.
     """
     recipe = with_absolute_paths(recipe)
     in_force = values_in_force(path, read_lock(path))
@@ -195,7 +197,7 @@ def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> 
     """Return the values of ``recipe`` that differ from ``in_force``.
 
     Raises:
-        CheckpointError: a key has another value and may not change.
+        CheckpointError: a key that must not change has a new value.
     """
     changed: dict[str, Any] = {}
     refused: dict[str, Any] = {}
@@ -234,7 +236,7 @@ def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> 
 
 
 def _given_here(recipe: Recipe, changed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the changed values that are from the command line. The next command repeats them."""
+    """Return the changed values from the command line, which the command in a fix repeats."""
     return {key: value for key, value in changed.items() if recipe.sources[key] == "command line"}
 
 
@@ -265,20 +267,21 @@ def _place(path: Path, source: str) -> str:
 def record_changes(
     path: Path, recipe: Recipe, changed: Mapping[str, Any], lock: Mapping[str, Any], step: int
 ) -> None:
-    """Record in recipe.yaml and lock.json that a run continues after ``step`` with other values.
+    """Record in recipe.yaml and lock.json that a run continues after ``step`` with new values.
 
-    An earlier change may be recorded at a later step. The steps between are now run again with its
-    new value, so its step is set to ``step``.
+    If the run continues from an older checkpoint, lock.json may have changes at steps after
+    ``step``. The run now repeats these steps with the changed values. So the changes are recorded
+    at ``step`` instead.
 
     recipe.yaml is written first. If the process is killed before lock.json is written, the next
-    process finds the change in recipe.yaml.
+    resume finds the change in recipe.yaml.
 
     Args:
         path: the run folder.
         recipe: the recipe to continue with.
         changed: ``section.key`` -> new value of each changed key.
-        lock: the content of lock.json for the current packages and inputs.
-        step: the number of steps that were finished.
+        lock: the result of ``make_lock`` for the current packages and inputs.
+        step: the number of finished steps.
     """
     old = read_lock(path)
     began, known = values_at_start(path, old), read_changes(old, str(path / "lock.json"))
@@ -328,7 +331,12 @@ def other_versions(
 ) -> dict[str, tuple[str, str]]:
     """Return ``versions.NAME`` -> (old version, new version) for each package that changed.
 
-    The old version was used in the newest step of the run. The new version is in ``lock``.
+    The newest step of the run used the old version. The new version is installed now.
+
+    Args:
+        path: the run folder.
+        old: the content of the run's lock.json.
+        lock: the result of ``make_lock`` for the current packages and inputs.
     """
     in_force, now = _versions(old), _versions(lock)
     in_force |= {

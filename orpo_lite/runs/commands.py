@@ -17,7 +17,7 @@ dequantized: the 4-bit weights of the training, converted back to 16 bit."""
 
 
 def merge_command(path: Path, weights: Weights = "original") -> Command:
-    """Return the command that merges the adapter of a run."""
+    """Return the command that merges the adapter of a run into ``weights``."""
     option = "" if weights == "original" else f" --base {weights}"
     return Command(f"orpo-lite merge {quoted(path)}{option}")
 
@@ -30,7 +30,8 @@ def resume_command(path: Path, values: Mapping[str, Any] | None = None) -> Comma
 def new_run_command(path: Path, values: Mapping[str, Any]) -> Command:
     """Return the command that trains a new run with the recipe of the run in ``path``.
 
-    ``values`` are changes: ``section.key`` -> value. The new run gets a new folder.
+    ``values`` are changes: ``section.key`` -> value. The new run gets a new folder:
+    ``runs/orpo`` -> ``runs/orpo-2``.
     """
     has_name = path.name not in ("", "..")
     folder = path if has_name else path.resolve()
@@ -54,8 +55,8 @@ def _words(values: Mapping[str, Any]) -> Iterable[str]:
 def quoted(path: Path) -> str:
     """Return a path quoted for the shell.
 
-    A path that begins with - gets ./ before it, so that no program reads it as an option.
-    Characters that a terminal cannot print are written as their bytes.
+    If a path begins with -, ./ is put in front, so that no program reads the path as an option.
+    Characters that a terminal cannot print are written as bytes, such as ``\\x0a``.
     """
     text = f"./{path}" if str(path).startswith("-") else str(path)
     if text.isprintable():

@@ -1,4 +1,4 @@
-"""Create and lock the run folder, write its log, and find the adapter, merged model and base."""
+"""Create and lock the run folder, write its log, and find its adapter, merged model and base."""
 
 import fcntl
 import hashlib
@@ -25,9 +25,10 @@ from orpo_lite.runs.records import read_json
 
 @contextmanager
 def locked(path: Path) -> Iterator[list[str]]:
-    """Lock the run folder for this process.
+    """Lock the run folder, so that no other process uses it while the context is open.
 
-    Yield notes for people: one if the file system has no locks, one if it cannot flush a folder.
+    Yield a list of warnings for the user. There is one if the file system has no locks, and one if
+    the file system cannot flush a folder to the disk.
 
     Raises:
         CheckpointError: another process uses the folder, or it is not writable.
@@ -37,7 +38,7 @@ def locked(path: Path) -> Iterator[list[str]]:
         stream = (path / ".lock").open("w")
         if not sync(path):
             notes.append(
-                f"{path}: its file system cannot flush a folder to the disk; "
+                f"{path}: the file system cannot flush a folder to the disk; "
                 "after a power failure the newest checkpoint may be missing"
             )
     except OSError as error:
@@ -58,7 +59,7 @@ def locked(path: Path) -> Iterator[list[str]]:
             ) from None
         except OSError as error:  # NFS without its lock service, Lustre without -o flock
             notes.append(
-                f"{path}: its file system has no locks ({error.strerror}); "
+                f"{path}: the file system has no locks ({error.strerror}); "
                 "do not use this run in another process at the same time"
             )
         yield notes
@@ -100,14 +101,16 @@ INITIAL = "initial_adapter"
 def create(
     recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any], initial: Path | None
 ) -> Path:
-    """Create the run folder with recipe.yaml, lock.json, data.json and a copy of the adapter.
+    """Create the run folder with recipe.yaml, lock.json and data.json.
+
+    If the training starts from an adapter, copy the adapter into the run folder.
 
     Args:
         recipe: the content of recipe.yaml.
         lock: the content of lock.json.
         data: the content of data.json.
         initial: the folder of the adapter that the training starts from, or None. A resumed run
-            reads the copy, because the original may have changed.
+            reads the copy of this adapter, because the original may have changed.
 
     Raises:
         CheckpointError: the folder is not empty, or cannot be written.
@@ -134,7 +137,7 @@ def create(
 def find_initial_adapter(recipe: Recipe, path: Path) -> Path | None:
     """Return the folder of the adapter that the training starts from, or None if there is none.
 
-    If the run folder ``path`` has a copy of the adapter, it is the folder of the copy.
+    If the run folder ``path`` has a copy of the adapter, return the folder of the copy.
     """
     name = recipe.model.adapter_name_or_path
     if name is None:
@@ -180,14 +183,14 @@ def find_finished_adapter(path: Path) -> Path:
 
 
 def merged_folder(weights: Weights) -> str:
-    """Return the name of the folder with a merged model: "original" -> "merged".
+    """Return the folder name of a merged model: "dequantized" -> "merged-dequantized".
 
-    Raise :class:`RecipeError` if ``weights`` is not a key of :data:`FOLDERS`.
+    Raise :class:`RecipeError` if ``weights`` is neither "original" nor "dequantized".
     """
     if weights not in FOLDERS:
         raise RecipeError(
             where="--base",
-            found=f"{weights!r}",
+            found=f"{weights!r} is not a choice",
             expected=f"one of {', '.join(FOLDERS)}",
             fix="--base original",
         )
@@ -195,10 +198,15 @@ def merged_folder(weights: Weights) -> str:
 
 
 def find_merged(path: Path, weights: Weights = "original") -> Path:
-    """Return the folder of a run's merged model. ``weights`` are those that it was merged into.
+    """Return the folder of a run's merged model.
+
+    Args:
+        path: the run folder.
+        weights: the weights of the base that the adapter was merged into.
 
     Raises:
-        CheckpointError: the merged model is missing or incomplete, or another adapter was merged.
+        CheckpointError: the merged model is missing or incomplete, or was made from another
+            adapter.
     """
     folder = path / merged_folder(weights)
     needed = [folder / "config.json", *weight_files(folder)]
@@ -218,14 +226,14 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
         raise CheckpointError(
             where=f"run {path}",
             found=f"{folder.name}/ was made from another adapter",
-            expected="a merge of the run's current adapter",
+            expected="a merged model of the run's current adapter",
             fix=command,
         )
     return folder
 
 
 def adapter_sha256(adapter: Path) -> str:
-    """Return a hash of an adapter's weights and settings. The location of its base is ignored."""
+    """Return a hash of an adapter's weights and settings, except its base's name and revision."""
     config = read_json(adapter / "adapter_config.json")
     used = {
         key: value
@@ -243,8 +251,8 @@ def find_trained_base(
 
     Args:
         path: the run folder.
-        folder: the new folder of the base, if it was moved.
-        command: the orpo-lite command to show in the fix of an error.
+        folder: the base's new folder, if the base was moved, else None.
+        command: the orpo-lite command that the fix of an error shows, such as "merge".
 
     Raises:
         ModelError: the base's folder does not exist or holds another base.
@@ -255,7 +263,7 @@ def find_trained_base(
     if (folder is not None or lock["revision"] is None) and not Path(name).expanduser().is_dir():
         raise ModelError(
             where="--base-path" if folder is not None else f"the base of run {path}",
-            found=f"{name}: no such folder",
+            found=f"{name} is not a folder",
             expected="the base that the run was trained on",
             fix=fix,
         )
@@ -272,7 +280,7 @@ def find_trained_base(
 
 
 class _Log(logging.FileHandler):
-    """A log file that ignores write errors. If the disk is full, lines are lost."""
+    """A handler for a log file that ignores write errors. If the disk is full, lines are lost."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - its name in logging
         """Drop the line. logging would print a traceback for each lost line."""
@@ -286,9 +294,9 @@ class _Log(logging.FileHandler):
 
 @contextmanager
 def logged(path: Path) -> Iterator[list[str]]:
-    """Write log messages to train.log in the run folder.
+    """Write log messages to train.log in the run folder while the context is open.
 
-    Yield notes for people: one if the file cannot be written, else none.
+    Yield a list of warnings for the user. It is empty, unless train.log cannot be written.
     """
     try:
         handler = _Log(path / "train.log", encoding="utf-8")

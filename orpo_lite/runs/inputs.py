@@ -33,14 +33,14 @@ from orpo_lite.updates import Update
 
 @dataclass(frozen=True)
 class Inputs:
-    """The checked inputs of a run. Weights are not loaded."""
+    """The inputs of a run after all checks: base, tokenizer and pairs. Weights are not loaded."""
 
     base: Base
     tokenizer: Any
     train: TokenizedPairs
     test: TokenizedPairs
     figures: dict[str, Any]
-    """The content of data.json."""
+    """The statistics of the data, which train writes to data.json."""
 
     @property
     def pad_id(self) -> int:
@@ -54,9 +54,9 @@ class Inputs:
 
 
 def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
-    """Find and check base, chat template, target modules, data and tokens.
+    """Find and check the base, chat template, target modules, data and tokens.
 
-    The weights of the base are not downloaded yet.
+    Yield progress, and finally return the inputs. The weights of the base are not downloaded yet.
     """
     yield from request_updates(recipe.data.names)
     sources = find_sources(recipe.data)
@@ -79,10 +79,10 @@ def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
 
 @dataclass(frozen=True)
 class Preview:
-    """What `orpo-lite data` shows of a recipe's data: figures, samples and warnings."""
+    """The result of `orpo-lite data`: figures, sample pairs and warnings."""
 
     figures: dict[str, Any]
-    """The content of data.json."""
+    """The statistics of the data, which train writes to data.json."""
     samples: dict[str, Any]
     """Pairs as text segments. ``first`` is the first pair. ``cut`` is the first pair whose response
     was cut, if there is one."""
@@ -90,14 +90,14 @@ class Preview:
 
 
 def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None, Preview]:
-    """Read and tokenize the data as :func:`prepare_inputs` does.
+    """Read and tokenize the data as :func:`prepare_inputs` does, and return what to show of it.
 
-    Of the base, only the text files are used.
+    Yield progress first. Only the text files of the base (config, tokenizer) are downloaded.
 
     Args:
         recipe: the recipe with the data and the base.
-        place: the place of a row ("pairs.csv:3"). This row is shown instead of the first pair, also
-            if training would leave it out.
+        place: the place of a row to show instead of the first pair, such as "pairs.csv:3". The row
+            is shown even if training would leave it out.
     """
     yield from request_updates(recipe.data.names)
     sources = find_sources(recipe.data)
@@ -125,7 +125,8 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
 def request_updates(names: Sequence[str]) -> Iterator[Update]:
     """Yield an update before a request to the hub, because the request may take long.
 
-    ``names`` are names of bases or datasets. Without a hub name among them, nothing is yielded.
+    ``names`` are names of bases or datasets. If none of them is on the hub, yield nothing. In
+    offline mode, yield nothing either.
     """
     remote = [name for name in names if not is_local(name)]
     if remote and (host := hub_host()):
@@ -141,7 +142,7 @@ def _check_ids(pairs: TokenizedPairs, vocab_size: int | None) -> None:
             found=f"token id {largest}, but the model's embedding has {vocab_size} rows",
             expected="a tokenizer that belongs to the model",
             fix="use the base's own tokenizer, or set vocab_size in config.json to the number of "
-            "rows that the weights have",
+            "rows of the embedding in the weight files",
         )
 
 
@@ -157,15 +158,16 @@ def _check_positions(name: str, limit: int | None, splits: Sequence[TokenizedPai
     if limit is not None and longest > limit:
         raise ModelError(
             where="data.max_length",
-            found=f"the longest pair has {longest:,} tokens, but {name} has {limit:,} positions",
+            found=f"the longest pair has {longest:,} tokens, but {name} allows at most {limit:,} "
+            "(max_position_embeddings)",
             fix=Overrides({"data.max_length": limit, "data.max_prompt_length": "auto"}),
         )
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Return the recipe with absolute local paths.
+    """Return the recipe with each local path made absolute.
 
-    The run can then be resumed from any working directory.
+    So the run can be resumed from any working directory.
     """
     keys = ["model.model_name_or_path", "model.adapter_name_or_path", "data.chat_template"]
     if is_path(recipe.data.dataset_test_split or ""):

@@ -1,4 +1,4 @@
-"""Collect SIGINT, SIGTERM and SIGHUP, so that the training can first finish and save its step."""
+"""Collect SIGINT, SIGTERM and SIGHUP, so that the training can save the current step first."""
 
 import signal
 import threading
@@ -19,18 +19,19 @@ class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
     """
 
     def __init__(self, number: int, path: Path) -> None:
-        found = f"stopped by {signal.Signals(number).name} and saved"
+        name = signal.Signals(number).name
+        found = f"{name} stopped the training; the last step is saved"
         super().__init__(found=found, fix=resume_command(path))
         self.exit_code = 128 + number
 
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Yield a list to which the numbers of received signals are added. The caller stops itself.
+    """Yield a list. The number of each received SIGINT, SIGTERM or SIGHUP is added to the list.
 
-    SIGINT, SIGTERM and SIGHUP are collected. A second SIGINT raises KeyboardInterrupt. SIGHUP is
-    not collected if the process ignores it: nohup sets this, so that the training continues after
-    the terminal is closed. Signals are collected only in the main thread.
+    The caller must read the list and stop. A second SIGINT raises KeyboardInterrupt. If the process
+    ignores SIGHUP, as under nohup, SIGHUP stays ignored: the training continues after the terminal
+    is closed. Outside the main thread, no signals are collected.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

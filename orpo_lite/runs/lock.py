@@ -1,4 +1,4 @@
-"""Read recipe.yaml and lock.json of a run, make lock.json, and compare inputs with lock.json."""
+"""Read a run's recipe.yaml and lock.json, make lock.json, and compare inputs with lock.json."""
 
 import hashlib
 import sys
@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read recipe.yaml of a run, and apply overrides. A person may have edited the file.
+    """Read the recipe.yaml of a run, which a person may have edited, and apply overrides.
 
     Raises:
         CheckpointError: the folder is not a run.
@@ -68,7 +68,7 @@ def read_lock(path: Path) -> dict[str, Any]:
             continue
         raise CheckpointError(
             where=str(file),
-            found="lacks base, data or chat_template",
+            found=f"the entry {part} is missing or incomplete",
             expected="the file as the training wrote it",
         )
     licences = lock.get("licences") or {"base": {}, "data": {}}
@@ -83,14 +83,17 @@ def read_lock(path: Path) -> dict[str, Any]:
 def with_pinned_base(recipe: Recipe, lock: Mapping[str, Any]) -> Recipe:
     """Return the recipe with the base's revision set to the commit in lock.json.
 
-    A branch may have a newer commit than at the start of the run.
+    The reason is that a branch may have a newer commit now than at the start of the run.
     """
     revision = lock["base"]["revision"]
     return recipe.override({"model.model_revision": revision}) if revision is not None else recipe
 
 
 def make_lock(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    """Return the content of lock.json. It identifies everything that repeating or merging needs."""
+    """Return the content of lock.json: package versions, and hashes of base, data and template.
+
+    They identify everything that is needed to repeat the run or to merge its adapter.
+    """
     return {
         "orpo_lite": __version__,
         "versions": {name: version(name) for name in PACKAGES},
@@ -123,15 +126,16 @@ def _sha256(text: str) -> str:
 def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
     """Raise :class:`CheckpointError` if base, template, data or tokens differ from the run's start.
 
-    ``lock`` is the content of lock.json for the current inputs. Sometimes only the tokens differ:
-    if a library has a new version, or if the template writes the current date.
+    ``lock`` is the result of :func:`make_lock` for the current inputs. The tokens can differ even
+    if the base, template and data are the same. Examples: a library has a new version, or the
+    template writes the current date.
     """
     before = read_lock(path)
     pairs = {"base": "fingerprint", "chat_template": "sha256", "data": "sha256", "tokens": "sha256"}
     # Runs of older versions did not record tokens.
     pairs = {what: key for what, key in pairs.items() if what in before}
     differing = [
-        f"{what} {lock[what]['name']}"
+        "tokens" if what == "tokens" else f"{what} {lock[what]['name']}"
         for what, key in pairs.items()
         if before[what][key] != lock[what][key]
     ]
@@ -139,7 +143,7 @@ def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
         raise CheckpointError(
             where=f"run {path}",
             found=f"changed since the run began: {', '.join(differing)}",
-            expected="the same base, template and data",
+            expected="the same base, chat template, data and tokens",
             fix=new_run_command(path, {}),
         )
 
@@ -147,14 +151,14 @@ def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
 def refuse_other_pairs(path: Path, inputs: Inputs, fix: str) -> None:
     """Raise :class:`CheckpointError` if the data changed since the training.
 
-    All pairs together decide which of them are held out. In changed data, a pair of the training
-    could be held out.
+    The choice of the held-out pairs depends on all pairs. So in changed data, a pair that was
+    trained on could be held out.
     """
     known = read_lock(path)["data"]
     if known["sha256"] and known["sha256"] != inputs.figures["sha256"]:
         raise CheckpointError(
             where=f"run {path}",
-            found=f"changed since the run began: {known['name']}",
+            found=f"changed since the run began: data {known['name']}",
             expected="the same pairs as in the training",
             fix=fix,
         )

@@ -22,7 +22,9 @@ REPORT = "report.html"
 
 
 def read_json(file: Path, needed: ValueTypes | None = None) -> dict[str, Any]:
-    """Return the JSON object in a file of the run. ``needed`` gives the keys that it must have.
+    """Return the JSON object in a file of the run.
+
+    ``needed`` gives the keys that the object must have, and the types of their values.
 
     Raises:
         CheckpointError: the file is missing or damaged, or lacks a needed value.
@@ -31,20 +33,22 @@ def read_json(file: Path, needed: ValueTypes | None = None) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            where=str(file), found=f"cannot be read ({error})", expected="the file as it was saved"
+            where=str(file),
+            found=f"cannot be read ({error})",
+            expected="the file as orpo-lite wrote it",
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(
-            where=str(file), found="is not a JSON object", expected="the file as it was saved"
+            where=str(file), found="is not a JSON object", expected="the file as orpo-lite wrote it"
         )
     check_values(value, needed or {}, str(file))
     return value
 
 
 def check_values(value: Mapping[str, Any], needed: ValueTypes, where: str) -> None:
-    """Raise :class:`CheckpointError` if a needed key is missing or its value has another type.
+    """Raise :class:`CheckpointError` if a needed key is missing or has a value of a wrong type.
 
-    ``where`` is the place of the values, for the message.
+    ``where`` is the place to show in the message, such as a file or "FILE:LINE".
     """
     for key, value_type in needed.items():
         if not isinstance(value.get(key), value_type):
@@ -57,9 +61,9 @@ def check_values(value: Mapping[str, Any], needed: ValueTypes, where: str) -> No
 
 
 def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one line to metrics.jsonl. NaN and infinite values become null.
+    """Append one line to metrics.jsonl.
 
-    JSON has no such numbers.
+    NaN and infinite values become null, because JSON has no such numbers.
     """
     known = {
         key: _known(value) if isinstance(value, float) else value for key, value in row.items()
@@ -82,9 +86,9 @@ def append_scores(
         step: the step that was evaluated.
         chosen: for each pair, the mean log-probability of the chosen reply's tokens.
         rejected: for each pair, the mean log-probability of the rejected reply's tokens.
-        nll: for each pair, the sum of the negative log-likelihoods of the tokens that the NLL
-            counts.
-        nll_tokens: for each pair, the number of tokens that the NLL counts.
+        nll: for each pair, the sum of the negative log-likelihoods of the tokens that the NLL term
+            of the loss counts.
+        nll_tokens: for each pair, the number of these tokens.
     """
     numbers = {"chosen": chosen, "rejected": rejected, "nll": nll}
     rounded = {name: [_rounded(value) for value in values] for name, values in numbers.items()}
@@ -108,7 +112,7 @@ def _rounded(value: float) -> float | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all rows of metrics.jsonl, or [] if there is no such file.
+    """Return all rows of metrics.jsonl, or [] if the file does not exist.
 
     Raises:
         CheckpointError: a line is damaged, or a value is neither a number nor null.
@@ -118,10 +122,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and the answers to it before, during and after a training.
-
-    The texts have no special tokens.
-    """
+    """A prompt, and its answers before, during and after a training, without special tokens."""
 
     source: str
     """Where the prompt is from: "neutral" (a fixed prompt of ours) or "held-out" (the data)."""
@@ -129,7 +130,7 @@ class Sample:
     before: str
     """The answer of the base without the adapter, loaded as in the training (often in 4 bit)."""
     after: str
-    """The answer of the kept adapter. Before the run has a result.json, it is the newest answer."""
+    """The answer of the kept adapter. While the run has no result.json, it is the newest answer."""
     temperature: float | None
     """Sampling temperature, or None if the run did not record it."""
     by_step: Mapping[int, str]
@@ -144,7 +145,7 @@ def append_samples(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Return the prompts of samples.jsonl with their answers, or [] if there is no such file.
+    """Return the prompts in samples.jsonl with their answers, or [] if the file does not exist.
 
     Raises:
         CheckpointError: a line is damaged.
@@ -204,13 +205,13 @@ def _read_rows(file: Path, needed: ValueTypes, others: type | UnionType) -> list
             raise CheckpointError(
                 where=f"{file}:{number}",
                 found=f"cannot be read ({error})",
-                expected="the line as it was written",
+                expected="the line as orpo-lite wrote it",
             ) from error
         if not isinstance(row, dict):
             raise CheckpointError(
                 where=f"{file}:{number}",
                 found="is not a JSON object",
-                expected="the line as it was written",
+                expected="the line as orpo-lite wrote it",
             )
         check_values(row, {**dict.fromkeys(row, others), **needed}, f"{file}:{number}")
         rows.append(row)
@@ -226,13 +227,15 @@ def _lines(file: Path) -> list[str]:
         text = file.read_text(encoding="utf-8") if file.is_file() else ""
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            where=str(file), found=f"cannot be read ({error})", expected="a file of the run"
+            where=str(file),
+            found=f"cannot be read ({error})",
+            expected="a readable file of the run",
         ) from error
     return [line for line in text.split("\n") if line.strip()]
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
-    """Return all rows of pair_scores.jsonl, or [] if there is no such file.
+    """Return all rows of pair_scores.jsonl, or [] if the file does not exist.
 
     Raises:
         CheckpointError: a line is damaged.
@@ -246,9 +249,9 @@ def cut_records(path: Path, step: int, evaluated: int | None) -> None:
 
     Args:
         path: the run folder.
-        step: the step of the checkpoint. Later steps and answers are removed.
-        evaluated: the last evaluation that is kept. Later evaluations are removed. None: all
-            evaluations are removed.
+        step: the step of the checkpoint. Metrics and answers of later steps are removed.
+        evaluated: the step of the last evaluation to keep. Later evaluations are removed. None:
+            remove all evaluations.
     """
     last_evaluation = -1 if evaluated is None else evaluated
 

@@ -571,12 +571,12 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "a broken config": (
         lambda base: (base / "config.json").write_text("{", encoding="utf-8"),
         [],
-        ["config.json", "is not JSON"],
+        ["config.json", "is not a JSON object"],
     ),
     "broken settings of the tokenizer": (
         lambda base: (base / "tokenizer_config.json").write_text("[]", encoding="utf-8"),
         [],
-        ["tokenizer in", "tokenizer_config.json is not a JSON object", "download it again"],
+        ["tokenizer in", "tokenizer_config.json is not a JSON object", "download this file again"],
     ),
     "encoder-decoder": (encoder_decoder, [], ["base", "model_type 't5' is an encoder-decoder", "decoder-only"]),
     "its own code": (
@@ -587,7 +587,7 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "already quantised": (
         lambda base: change_config(base, quantization_config={"load_in_4bit": True}),
         [],
-        ["base", "is already quantised", "16-bit weights", "use the 16-bit model that it was made from"],
+        ["base", "is already quantised", "16-bit weights", "use the original 16-bit model"],
     ),
     "an unknown architecture": (
         lambda base: change_config(base, model_type="rwkv99"),

@@ -67,7 +67,7 @@ def test_what_cannot_be_opened_is_said(trained: Trained, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"has no recipe\.yaml"):
         opened(run / "checkpoints")
     shutil.move("base", "elsewhere")
-    with pytest.raises(ModelError, match="no such folder") as raised:
+    with pytest.raises(ModelError, match="is not a folder") as raised:
         opened(run, command="chat")
     assert raised.value.fix == f"orpo-lite chat {run} --base-path FOLDER"
     assert opened(run, base_path="elsewhere").base.path == Path("elsewhere").resolve()

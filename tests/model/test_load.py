@@ -319,7 +319,7 @@ def test_a_configuration_that_cannot_be_trained(
     ("spoil", "match"),
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "not JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a JSON object"),
         (
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
             "safetensors",

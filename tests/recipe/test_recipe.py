@@ -225,10 +225,10 @@ def test_a_bad_file_is_answered_with_its_place(write: Write, case: str) -> None:
     [
         (f"{MINIMAL}# é\n".encode("cp1252"), "mine.yaml:5: byte 0xe9 is not UTF-8"),
         (f"{MINIMAL}# 对\n".encode("gb18030"), "mine.yaml:5: byte 0xb6 is not UTF-8"),
-        (MINIMAL.encode("utf-16"), "mine.yaml:1: UTF-16 text"),
-        (MINIMAL.encode("utf-16-le"), "mine.yaml:1: UTF-16LE text"),
-        (MINIMAL.encode("utf-16-be"), "mine.yaml:1: UTF-16BE text"),
-        (MINIMAL.encode("utf-32"), "mine.yaml:1: UTF-32 text"),
+        (MINIMAL.encode("utf-16"), "mine.yaml:1: is UTF-16 text"),
+        (MINIMAL.encode("utf-16-le"), "mine.yaml:1: is UTF-16LE text"),
+        (MINIMAL.encode("utf-16-be"), "mine.yaml:1: is UTF-16BE text"),
+        (MINIMAL.encode("utf-32"), "mine.yaml:1: is UTF-32 text"),
         (
             MINIMAL.replace("  ", "\u00a0 ").encode(),
             "mine.yaml:2: is indented by the character U+00A0 (no-break space)",
@@ -275,7 +275,7 @@ def test_a_file_of_more_than_a_mebibyte_is_not_read(write: Write) -> None:
         load_recipe(write(MINIMAL + "# " + "x" * padding)).model.model_name_or_path == "some/base"
     )
     said = message(write(MINIMAL + "# " + "x" * (padding + 1)))
-    assert "mine.yaml: 1,048,577 bytes" in said
+    assert "mine.yaml: has 1,048,577 bytes" in said
     assert "1,048,576" in said
 
 
@@ -338,10 +338,15 @@ BAD_VALUES: list[tuple[str, str, str]] = [
     ("training.learning_rate", "fast", "valid number"),
     ("training.learning_rate", "true", "valid number"),
     ("training.lr_scheduler_type", "cosin", "'cosine', 'linear'"),
-    ("training.warmup_steps", "1.5", "a share of all steps below 1, or a whole number of steps"),
-    ("training.warmup_steps", "-1", "a share of the steps (0.1) or a whole number"),
-    ("training.warmup_steps", "nan", "a share of the steps"),
-    ("training.warmup_steps", "null", "valid number"),
+    (
+        "training.warmup_steps",
+        "1.5",
+        "a share of all steps below 1 (such as 0.1), or a whole number of steps",
+    ),
+    ("training.warmup_steps", "-1", "or a whole number of steps"),
+    ("training.warmup_steps", "nan", "a share of all steps below 1"),
+    ("training.warmup_steps", "null", "a share of all steps below 1"),
+    ("training.warmup_steps", "long", "expected: a share of all steps below 1"),
     ("training.eval_steps", "0", "greater than 0"),
     ("training.global_batch_size", "0", "greater than or equal to 1"),
     ("training.optim", "adamw_8bit", "'paged_adamw_8bit'"),
@@ -422,11 +427,11 @@ def test_a_long_value_is_not_repeated_in_full(write: Write) -> None:
 CONTRADICTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (
         ("data.max_length=512", "data.max_prompt_length=512"),
-        ("data.max_prompt_length: 512", "data.max_length: 512", "data.max_prompt_length=auto"),
+        ("data.max_prompt_length is 512", "data.max_length is 512", "data.max_prompt_length=auto"),
     ),
     (
         ("training.early_stopping_patience=2", "data.test_split_size=0"),
-        ("training.early_stopping_patience: 2", "data.test_split_size: 0", "held-out"),
+        ("training.early_stopping_patience is 2", "data.test_split_size is 0", "held-out"),
     ),
     (
         ("data.test_split_size=2.5",),
@@ -435,26 +440,26 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (
         ("quantization.load_in_4bit=false", "quantization.bnb_4bit_compute_dtype=float16"),
         (
-            "quantization.load_in_4bit: False",
-            "quantization.bnb_4bit_compute_dtype: float16",
+            "quantization.load_in_4bit is false",
+            "quantization.bnb_4bit_compute_dtype is float16",
             "model.dtype",
         ),
     ),
     (
         ("memory.packing=false", "memory.prompt_sharing=true"),
-        ("memory.prompt_sharing: True", "memory.packing: False", "packed rows"),
+        ("memory.prompt_sharing is true", "memory.packing is false", "packed rows"),
     ),
     (
         ("memory.packing=false", "memory.head_chunk=64"),
-        ("memory.head_chunk: 64", "memory.packing: False"),
+        ("memory.head_chunk is 64", "memory.packing is false"),
     ),
     (
         ("memory.packing=false", "memory.micro_batch_tokens=64"),
-        ("memory.micro_batch_tokens: 64", "packed rows"),
+        ("memory.micro_batch_tokens is 64", "packed rows"),
     ),
     (
         ("memory.checkpoint_offload=true", "memory.activation_checkpointing=none"),
-        ("memory.checkpoint_offload: True", "memory.activation_checkpointing: none", "=all"),
+        ("memory.checkpoint_offload is true", "memory.activation_checkpointing is none", "=all"),
     ),
 ]
 
@@ -520,7 +525,7 @@ def test_the_two_batch_keys_of_others_are_multiplied(write: Write, section: str)
     )
     assert (
         said.count(
-            "write training.global_batch_size: 16 (it counts pairs per optimizer step over all devices)"
+            "write training.global_batch_size: 16 (it counts the pairs of an optimizer step over all devices)"
         )
         == 2
     )

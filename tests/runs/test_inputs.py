@@ -517,7 +517,7 @@ def test_the_preview_warns_where_training_would_stop(small_recipe: Build, worksp
     config = json.loads(Path("base/config.json").read_text())
     for name, value, found in (
         ("vocab_size", 50, "but the model's embedding has 50 rows"),
-        ("max_position_embeddings", 20, "base has 20 positions"),
+        ("max_position_embeddings", 20, "base allows at most 20 (max_position_embeddings)"),
     ):
         Path("base/config.json").write_text(json.dumps(config | {name: value}))
         shown = run_to_end(preview(small_recipe()), lambda _: None)

@@ -292,9 +292,9 @@ def test_what_a_file_system_lacks_is_noted(
     monkeypatch.setattr(os, "fsync", refuse_folders)
     monkeypatch.setattr(fcntl, "flock", refuse)
     updates, result = train_all(small_recipe("training.max_steps=1", "output.samples=0"))
-    notes = [update.text for update in updates if "its file system" in update.text]
+    notes = [update.text for update in updates if "the file system" in update.text]
     assert [note.split("; ")[0].split(": ")[1] for note in notes] == [
-        "its file system cannot flush a folder to the disk",
-        "its file system has no locks (No locks available)",
+        "the file system cannot flush a folder to the disk",
+        "the file system has no locks (No locks available)",
     ]
     assert adapter(result.run)
