@@ -545,9 +545,13 @@ def test_a_changed_card_keeps_the_line_that_its_base_asks_for(tmp_path: Path) ->
         (
             "base_model: lab/base",
             "base_model: lab/other",
-            "base_model: lab/base, because it is under the Llama 3.2",
+            "base_model: lab/base, because the base is under the Llama 3.2",
         ),
-        ("base_model: lab/base\n", "", "base_model: lab/base, because it is under the Llama 3.2"),
+        (
+            "base_model: lab/base\n",
+            "",
+            "base_model: lab/base, because the base is under the Llama 3.2",
+        ),
     ],
 )
 def test_a_changed_card_says_of_its_base_what_is_so(
@@ -666,7 +670,7 @@ def test_a_card_in_another_encoding_is_named(tmp_path: Path) -> None:
         read_edited_card(run)
     (run / "README.md").rename(tmp_path / "elsewhere.md")
     (run / "README.md").symlink_to(tmp_path / "elsewhere.md")
-    with pytest.raises(CheckpointError, match="is a link"):
+    with pytest.raises(CheckpointError, match="is a symbolic link"):
         read_edited_card(run)
 
 
