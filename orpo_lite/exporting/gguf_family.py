@@ -90,7 +90,7 @@ class Target:
     """The number that the conversion adds to each weight."""
 
     def convert(self, block_RC: np.ndarray) -> np.ndarray:
-        """Convert a block of float32 rows of shape (R, C).
+        """Convert a block of float32 rows of shape (R, C) to llama.cpp's form.
 
         If ``head_dim`` is set, the block must contain only complete heads.
         """
@@ -147,7 +147,9 @@ def describe(config: Any, where: str) -> Description:
     has_own_key = family.arch in ("gemma2", "gemma3")
     activation = config.hidden_activation if has_own_key else config.hidden_act
     if activation != family.activation:
-        raise _beyond(where, f"the activation {activation!r}", family.activation)
+        raise _beyond(
+            where, f"the activation {activation!r}", f"the activation {family.activation!r}"
+        )
     if getattr(config, "use_bidirectional_attention", None):
         raise _beyond(where, "bidirectional attention", "causal attention")
     arch = family.arch
@@ -169,7 +171,7 @@ def describe(config: Any, where: str) -> Description:
     if is_multimodal:
         made.notes.append("the file holds only the language model, without the image encoder")
     if arch in ("qwen2", "phi3") and head_dim * heads != config.hidden_size:
-        found = f"{heads} heads of {head_dim} with hidden_size {config.hidden_size}"
+        found = f"{heads} heads of size {head_dim} with hidden_size {config.hidden_size}"
         raise _beyond(where, found, "num_attention_heads * head_dim = hidden_size")
     if arch in ("gemma", "gemma2") and not made.tied:
         raise _beyond(where, "an untied output head", "an output head tied to the embedding")
@@ -202,18 +204,22 @@ def _gemma_keys(made: Description, config: Any, where: str) -> None:
         scaled_by = config.hidden_size // config.num_attention_heads
     if config.query_pre_attn_scalar != scaled_by:
         raise _beyond(
-            where, f"query_pre_attn_scalar: {config.query_pre_attn_scalar}", f"{scaled_by}"
+            where,
+            f"query_pre_attn_scalar: {config.query_pre_attn_scalar}",
+            f"query_pre_attn_scalar: {scaled_by}",
         )
     if cap := config.attn_logit_softcapping:
         if arch == "gemma3":
-            raise _beyond(where, f"attn_logit_softcapping: {cap}", "none")
+            raise _beyond(where, f"attn_logit_softcapping: {cap}", "attn_logit_softcapping: null")
         keys[f"{arch}.attn_logit_softcapping"] = float(cap)
     elif arch == "gemma2":
-        raise _beyond(where, "attn_logit_softcapping: null", "a number")
+        raise _beyond(where, "attn_logit_softcapping: null", "a number for attn_logit_softcapping")
     if cap := config.final_logit_softcapping:
         keys[f"{arch}.final_logit_softcapping"] = float(cap)
     elif arch == "gemma2":
-        raise _beyond(where, "final_logit_softcapping: null", "a number")
+        raise _beyond(
+            where, "final_logit_softcapping: null", "a number for final_logit_softcapping"
+        )
 
 
 def _window_keys(made: Description, config: Any, where: str) -> None:
@@ -227,7 +233,7 @@ def _window_keys(made: Description, config: Any, where: str) -> None:
     slides = [layer_type == "sliding_attention" for layer_type in types] or [True] * made.layers
     if set(types) - {"sliding_attention", "full_attention"}:
         found = f"layer_types of {', '.join(sorted(set(types)))}"
-        raise _beyond(where, found, "full_attention or sliding_attention")
+        raise _beyond(where, found, "only full_attention and sliding_attention")
     if made.family.full_attention_every:
         keys[f"{arch}.attention.sliding_window"] = int(window or 0)
         every = made.family.full_attention_every
@@ -249,14 +255,17 @@ def _rope_keys(made: Description, config: Any, where: str) -> None:
         local = rope["sliding_attention"]
         if local.get("rope_type", "default") != "default":
             raise _beyond(
-                where, f"rope_type {local['rope_type']!r} in sliding-window layers", "default"
+                where,
+                f"rope_type {local['rope_type']!r} in sliding-window layers",
+                "rope_type 'default'",
             )
         keys[f"{arch}.rope.freq_base_swa"] = float(local["rope_theta"])
         rope = dict(rope["full_attention"])
     theta, rope_type = float(rope["rope_theta"]), rope.get("rope_type", "default")
     rotated = int(made.head_dim * rope.get("partial_rotary_factor", 1.0))
     if rotated != made.head_dim and arch != "phi3":
-        raise _beyond(where, f"partial_rotary_factor: {rope['partial_rotary_factor']}", "1")
+        factor = rope["partial_rotary_factor"]
+        raise _beyond(where, f"partial_rotary_factor: {factor}", "partial_rotary_factor: 1")
     keys[f"{arch}.rope.dimension_count"] = rotated
     keys[f"{arch}.rope.freq_base"] = theta
     if rope_type != "default":
@@ -274,7 +283,7 @@ def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: s
     arch, keys, rope_type = made.family.arch, made.keys, rope["rope_type"]
     allowed = SCALINGS.get(arch, ("linear", "yarn", "dynamic"))
     if rope_type not in allowed:
-        raise _beyond(where, f"rope_type {rope_type!r}", f"default, {', '.join(allowed)}")
+        raise _beyond(where, f"rope_type {rope_type!r}", f"one of default, {', '.join(allowed)}")
     factor = rope.get("factor")
     original = rope.get("original_max_position_embeddings") or getattr(
         config, "original_max_position_embeddings", None
@@ -303,7 +312,7 @@ def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: s
     if rope_type == "yarn":
         for key, usual in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
             if rope.get(key) not in (None, usual):
-                raise _beyond(where, f"{key}: {rope[key]} with yarn", str(usual))
+                raise _beyond(where, f"{key}: {rope[key]} with yarn", f"{key}: {usual}")
         # llama.cpp multiplies by yarn's default factor itself, so this key has only the rest.
         keys[f"{arch}.rope.scaling.attn_factor"] = attention / (0.1 * math.log(factor) + 1.0)
         return
@@ -334,8 +343,8 @@ def find_targets(
     """Return the tensors for the GGUF file, with llama.cpp's names and sorted by layer.
 
     Raises:
-        ModelError: llama.cpp does not support a tensor, or a tensor is missing or has another shape
-            than the configuration says.
+        ModelError: llama.cpp does not support a tensor, a tensor is missing, or the shape of a
+            tensor does not fit the configuration.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -357,11 +366,10 @@ def find_targets(
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         is_allowed = suffix == "weight" or module.endswith(made.family.biases)
         if name is None or not is_allowed or len(stored.shape) not in (1, 2):
-            supported = f"llama.cpp supports for {made.family.arch} models"
             raise ModelError(
                 where=where,
-                found=f"has an unsupported tensor, {stored.name}",
-                expected=f"only tensors that {supported}",
+                found=f"llama.cpp does not support the tensor {stored.name}",
+                expected=f"only tensors that llama.cpp supports for {made.family.arch} models",
             )
         head_dim = 0
         if made.family.pairs_adjacent and module.endswith(ATTENTION[:2]):
@@ -399,7 +407,7 @@ def _check_shapes(config: Any, names: Any, found: Mapping[str, Stored], where: s
                     if shape is None
                     else f"the tensor {name} has the shape {shape}"
                 ),
-                expected=f"the shape {expected}, because config.json describes such a model",
+                expected=f"the shape {expected}, which follows from config.json",
                 fix="run orpo-lite merge RUN to write the merged model again",
             )
 

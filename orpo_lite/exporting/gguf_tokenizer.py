@@ -172,8 +172,8 @@ def _caveats(keys: dict[str, Any], spec: dict[str, Any], ends: Sequence[int]) ->
         )
     if keys.pop("metaspace", False):
         notes.append(
-            "in the chat template, texts have the same tokens in llama.cpp; without it, texts may "
-            "differ by a space at the start"
+            "inside the chat template, llama.cpp gives the same tokens as transformers; other "
+            "texts may differ by a space at the start"
         )
     return notes
 
@@ -214,8 +214,8 @@ def _byte_level(keys: dict[str, Any], spec: dict[str, Any], where: str) -> dict[
     name = WORDS.get((tuple(steps), bool(model.get("ignore_merges"))))
     if name is None:
         suffix = ", ignore_merges" if model.get("ignore_merges") else ""
-        found = f"its texts are split by {', then by '.join(steps)}{suffix}"
-        raise _beyond(where, found, f"the rules of {', '.join(WORDS.values())}")
+        found = f"it splits texts by {', then by '.join(steps)}{suffix}"
+        raise _beyond(where, found, f"the rules of one of these: {', '.join(WORDS.values())}")
     normalizers = [step["type"] for step in _steps(spec["normalizer"])]
     allowed = (["NFC"], []) if name in COMPOSED else ([],)
     if normalizers not in allowed:
@@ -274,7 +274,7 @@ def _sentencepiece(
         is_run = len(set(made)) == 1
         if is_apart and not is_run and made not in whole:
             found = f"the merges that form {made!r} are not next to each other"
-            raise _beyond(where, found, "merges in the order of sentencepiece")
+            raise _beyond(where, found, "such merges next to each other, as in sentencepiece")
         scores.setdefault(made, -float(len(scores)))
         last = made
     known = set(pairs)
@@ -293,7 +293,7 @@ def _space_prefix(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, wh
     """Return True if llama.cpp should add a space at the start of a text.
 
     Raises:
-        ModelError: the tokenizer does not only replace spaces by ▁, but changes texts further.
+        ModelError: the tokenizer does not replace spaces by ▁, or changes texts in another way.
     """
     prefix, replaced, metaspace = "never", False, False
     for step in _steps(spec["normalizer"]) + _steps(spec["pre_tokenizer"]):
@@ -309,10 +309,10 @@ def _space_prefix(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, wh
                 pass  # no spaces are left, so nothing is split
             case _:
                 raise _beyond(
-                    where, f"its texts are changed by {step}", "only spaces replaced by ▁"
+                    where, f"it changes texts by the step {step}", "only spaces replaced by ▁"
                 )
     if not replaced:
-        raise _beyond(where, "spaces are not replaced by ▁", "spaces replaced by ▁")
+        raise _beyond(where, "it does not replace spaces by ▁", "spaces replaced by ▁")
     if not metaspace:
         return prefix == "always"
     keys["metaspace"] = True
@@ -339,7 +339,7 @@ def _prefix_fits(
     starts = {text.startswith(" ") for _, text in texts or []}
     if len(starts) == 2:
         found = "only some texts of the chat template begin with a space"
-        raise _beyond(where, found, "all of them or none")
+        raise _beyond(where, found, "a space at the start of all these texts or of none")
     return starts != {True}
 
 
@@ -387,7 +387,7 @@ def _check_stripping(added: Any, keys: dict[str, Any], where: str) -> None:
 
 
 def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], where: str) -> None:
-    """Add the ids of special tokens, whether bos and eos are added, and the chat templates."""
+    """Add the keys for special tokens, for the addition of bos and eos, and for chat templates."""
     for key, id_ in (("bos", tokenizer.bos_token_id), ("padding", tokenizer.pad_token_id)):
         if id_ is not None:
             keys[f"tokenizer.ggml.{key}_token_id"] = int(id_)
@@ -406,7 +406,9 @@ def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], wher
         )
     if after and tokenizer.eos_token_id not in ends[:1]:
         raise _beyond(
-            where, "the eos that ends a text is not the token that ends an answer", "the same token"
+            where,
+            "the eos that ends a text is not the token that ends an answer",
+            "one token for both",
         )
     keys["tokenizer.ggml.add_bos_token"] = bool(before)
     keys["tokenizer.ggml.add_eos_token"] = bool(after)
@@ -424,7 +426,7 @@ def _template(tokenizer: Any) -> str:
 
 
 def _named_templates(tokenizer: Any) -> dict[str, str]:
-    """Return name -> text of the named templates, such as ``tool_use``. llama.cpp can use them."""
+    """Return name -> text of the named chat templates. llama.cpp uses ``tool_use`` for tools."""
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     return {
         re.sub(r"[^A-Za-z0-9]", "_", name): text

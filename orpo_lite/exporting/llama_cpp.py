@@ -1,4 +1,4 @@
-"""Quantise GGUF files, compare tokens and score pairs, all with the package llama-cpp-python."""
+"""Quantise GGUF files, compare tokens and score pairs with the package llama-cpp-python."""
 
 import importlib.util
 import logging
@@ -104,9 +104,9 @@ def score_pairs(
 ) -> Generator[tuple[int, int], None, Tensor]:
     """Yield (pairs done, number of pairs); finally return the replies' mean log-probabilities.
 
-    The result has shape (2, P), float64. Row 0 is for the chosen replies, row 1 for the rejected
-    replies. If both sequences of a pair begin with the same tokens, these tokens are computed once.
-    The logits of a whole sequence are in host memory, 4 bytes for each logit.
+    For P pairs, the result has shape (2, P), float64. Row 0 is for the chosen replies, row 1 for
+    the rejected replies. If both sequences of a pair begin with the same tokens, these tokens are
+    computed once. The logits of a whole sequence are in host memory, 4 bytes for each logit.
 
     Raises:
         ModelError: llama.cpp cannot load the file.

@@ -146,7 +146,7 @@ def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
 
 
 def _with_system(turns: Turns, render: Render) -> Turns | None:
-    """Return ``turns`` with the texts around a system text, or None if there can be none."""
+    """Return ``turns`` with the texts around a system text, or None if it is not supported."""
     try:
         short = render(_conversation(USERS[:1], system=SYSTEM))
         long = render(_conversation(USERS, [ANSWER], SYSTEM))
@@ -163,7 +163,8 @@ def _with_system(turns: Turns, render: Render) -> Turns | None:
 def _first_difference(turns: Turns, render: Render, *, system: bool) -> int | None:
     """Compare the prompts from ``turns`` and ``render`` for conversations of 1, 2, ... questions.
 
-    Return the number of questions in the first conversation whose prompts differ, or None.
+    Return the number of questions in the first conversation whose prompts differ. Return None if
+    all prompts are the same.
     """
     for count in range(1, LONGEST + 1):
         messages = _conversation(
@@ -192,7 +193,7 @@ def _conversation(
 
 
 def _split(text: str, marks: Sequence[str]) -> list[str] | None:
-    """Return the texts around the marks. Return None if a mark does not occur once and in order."""
+    """Return the texts around the marks, or None if a mark is missing, repeated or out of order."""
     pieces: list[str] = []
     for mark in marks:
         before, found, text = text.partition(mark)

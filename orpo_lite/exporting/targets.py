@@ -92,7 +92,7 @@ class _Request:
 def export(
     run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
 ) -> ExportResult:
-    """Do the same as :func:`export_events` without updates, and return the result."""
+    """Export a run and return the result. Arguments and errors: see :func:`export_events`."""
     return run_to_end(
         export_events(run_folder, to, outtype=outtype, weights=weights), lambda _: None
     )
@@ -125,7 +125,7 @@ def export_events(
     if to not in TARGETS:
         raise RecipeError(
             where="--to",
-            found=f"{to!r}",
+            found=f"{to!r} is not a target",
             expected=f"one of {', '.join(TARGETS)}",
             fix=Command(f"orpo-lite export {quoted(path)} --to gguf"),
         )
@@ -223,8 +223,8 @@ def to_vllm(request: _Request) -> Exporting:
         parts = ["vllm", "serve", base["name"]]
         if not base["revision"] and not Path(base["name"]).is_dir():
             notes.append(
-                f"the base's folder {base['name']} does not exist any more: write the new folder "
-                "into the command"
+                f"the base's folder {base['name']} does not exist any more: write the base's new "
+                "folder into the command"
             )
         if base["revision"]:
             parts += ["--revision", base["revision"]]

@@ -28,7 +28,7 @@ class Target:
     """A repository on the hub that the account may write to or create."""
 
     repository: str
-    """owner/name"""
+    """The full name, such as "me/model"."""
     is_private: bool
     exists: bool
 
@@ -108,9 +108,9 @@ def find_target(repository: str, is_private: bool) -> Attempt[Target]:
         return Target(repository, is_private, exists=False)
     if found != is_private:
         actual, requested = ("private", "public") if found else ("public", "private")
-        fix = "leave --public out"
+        fix = "leave --public out (in a recipe: output.hub_private_repo=true)"
         if requested == "private":
-            fix = "--public (output.hub_private_repo=false)"
+            fix = "add --public (in a recipe: output.hub_private_repo=false)"
         fix += (
             f"; or change the visibility at {constants.ENDPOINT}/{repository}/settings; "
             "or use another name"

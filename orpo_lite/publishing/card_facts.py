@@ -270,7 +270,7 @@ def make_metadata(facts: Facts) -> ModelCardData:
 
 
 def licence_metadata(facts: Facts) -> dict[str, Any]:
-    """Return the licence entries for our card's metadata, made from those of the base's card.
+    """Return the licence entries of the base's card, changed for the metadata of our card.
 
     A relative ``license_link`` becomes a URL if the base is on the hub, else a file name. A link
     that leads out of the repository is removed.

@@ -108,13 +108,13 @@ def licence_names(licence: Mapping[str, Any]) -> list[str]:
 
 
 def licence_text(licence: Mapping[str, Any]) -> str:
-    """Return the licence names of a card as one text: "mit, gemma". It is "" if there are none."""
+    """Return a card's licence names as one text, such as "mit, gemma", or "" if it has none."""
     names = licence_names(licence)
     return ", ".join([name for name in names if name.lower() != "other"] or names)
 
 
 def find_terms(licence: Mapping[str, Any]) -> list[Terms]:
-    """Return the requirements of the base's licences. Only those of Llama and Gemma are known.
+    """Return what the base's licences require. Only Llama's and Gemma's licences are known.
 
     ``licence`` holds the licence entries of the base's card. Other licences are left out.
     """
@@ -163,7 +163,7 @@ def refuse_name(repository: str, licence: Mapping[str, Any], where: str) -> None
         where=where,
         found=f"the name is {repository}, and the base is under the {terms.title}",
         expected=f"“{rule}” (section 1.b.i of the licence)",
-        fix=f"a name such as {longest.rstrip('-_.').removesuffix('.git')}",
+        fix=f"use a name such as {longest.rstrip('-_.').removesuffix('.git')}",
     )
 
 
@@ -307,7 +307,7 @@ def fetch_license_files(
 
 
 def read_card(folder: Path | None) -> dict[str, Any]:
-    """Return the metadata of the README.md in a folder, or {} if there are none to read."""
+    """Return the metadata in a folder's README.md, or {} if they are missing or unreadable."""
     if folder is None or not (folder / "README.md").is_file():
         return {}
     return split_card((folder / "README.md").read_bytes()[:MAX_BYTES].decode("utf-8", "replace"))[0]
@@ -369,7 +369,7 @@ def read_licences(
 
 
 def is_hub_name(name: str) -> bool:
-    """Return True if a dataset's name is a hub name, not a path or the name of a built-in one."""
+    """Return True if a dataset's name is a hub name, and not a path or a "builtin:" name."""
     return not is_path(name) and not name.startswith("builtin:")
 
 
@@ -401,7 +401,7 @@ def _to_line(value: object) -> str:
 
 
 def leads_out(link: str) -> bool:
-    """Return True if a relative link leads out of its folder: ``../LICENSE``."""
+    """Return True if a relative link, such as ``../LICENSE``, leads out of its folder."""
     return ".." in re.split(r"[/\\]", unquote(link))
 
 

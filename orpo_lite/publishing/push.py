@@ -1,6 +1,7 @@
 """Push a run's adapter or merged model to the hub, with its model card.
 
-Only files whose names are in the lists of this module are pushed, and the base's licence files.
+Only these files are pushed: files whose names are in the lists of this module, the base's licence
+files and the model card.
 """
 
 import fnmatch
@@ -70,7 +71,7 @@ class PushResult:
     """The result of a push: the repository, the commit and the names of the files."""
 
     repository: str
-    """owner/name"""
+    """The full name, such as "me/model"."""
     page: str
     """The URL of the repository."""
     commit: str
@@ -242,7 +243,7 @@ def _repository_in(text: str) -> str:
 
 
 def _read_licences(lock: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return the licences in lock.json. Licences that are missing there are read from the cards."""
+    """Return the licences in lock.json. Licences that it lacks are read from the cards."""
     base = lock["base"]
     return read_licences(
         base["name"], base["revision"], Path(base["path"]), recipe.data.names, lock.get("licences")
@@ -288,7 +289,7 @@ def _select_files(
 def _refuse_broken(
     folder: Path, files: Mapping[str, object], again: str, *, is_merged: bool
 ) -> None:
-    """Raise :class:`CheckpointError` if weights, configuration or tokenizer are incomplete."""
+    """Raise :class:`CheckpointError` if a needed file is missing or the weights are incomplete."""
     weights = weight_files(folder) if is_merged else [folder / ADAPTER[1]]
     config = MERGED[0] if is_merged else ADAPTER[0]
     for file in (folder / config, *weights, folder / "tokenizer.json"):

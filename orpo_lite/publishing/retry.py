@@ -286,7 +286,7 @@ def unreadable(error: OSError) -> UnreadableError:
     return UnreadableError(
         where=str(error.filename),
         found=f"cannot be read ({error.strerror})",
-        expected="a complete file of the run",
+        expected="a file that can be read",
     )
 
 
@@ -308,7 +308,7 @@ def own_token(where: str) -> str | None:
 
 
 def server_message(error: BaseException) -> str:
-    """Return the hub's message, or "". It is one line, ": text", without access tokens."""
+    """Return the hub's message as ": text" on one line, or "". Access tokens are removed."""
     text = getattr(error, "server_message", None)
     if not text and isinstance(error, ValueError | RuntimeError):
         text = str(error)
@@ -322,7 +322,7 @@ def server_message(error: BaseException) -> str:
 
 @contextmanager
 def with_timeouts() -> Any:
-    """Limit the waits and the number of attempts of huggingface_hub's client in this context."""
+    """Limit how long and how often huggingface_hub tries a request in this context."""
     before = _http._GLOBAL_CLIENT_FACTORY
     failed: Counter[str] = Counter()
 

@@ -70,7 +70,7 @@ def commit_files(
         files: name in the repository -> path or content.
         message: the commit message.
         ours: name patterns of files that are removed from the repository if they are not in
-            ``files``. They are from an earlier push.
+            ``files``. Such files are from an earlier push.
 
     Raises:
         HubError: the hub refused the commit, or the last attempt failed.

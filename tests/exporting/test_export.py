@@ -984,7 +984,7 @@ def not_merged(run: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str, type[OrpoLiteError]]] = {
-    "words cut otherwise": (wrong(other_words), "texts are split by", ModelError),
+    "words cut otherwise": (wrong(other_words), "it splits texts by", ModelError),
     "lower case": (
         wrong(lambda s: s.update(normalizer={"type": "Lowercase"})),
         "a normalizer of type Lowercase",

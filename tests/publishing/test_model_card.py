@@ -878,7 +878,7 @@ def test_the_name_of_a_derivative(licence_name: str, repository: str, is_fine: b
         return
     with pytest.raises(RecipeError, match="at the beginning of any such AI model name") as refused:
         refuse_name(repository, {"license": licence_name}, "REPO")
-    suggested = refused.value.fix.removeprefix("a name such as ")
+    suggested = refused.value.fix.removeprefix("use a name such as ")
     refuse_name(suggested, {"license": licence_name}, "REPO")
     refuse_repository(suggested)
 
@@ -886,7 +886,7 @@ def test_the_name_of_a_derivative(licence_name: str, repository: str, is_fine: b
 def test_a_name_that_is_nothing_but_the_bases_is_given_an_end() -> None:
     with pytest.raises(RecipeError) as refused:
         refuse_name("me/meta-llama-3", {"license": "llama3"}, "REPO")
-    assert refused.value.fix == "a name such as me/Llama-3-tuned"
+    assert refused.value.fix == "use a name such as me/Llama-3-tuned"
 
 
 def test_the_papers_of_a_base_go_with_it(tmp_path: Path) -> None:
