@@ -1,8 +1,8 @@
-"""Describe a model for llama.cpp: its sizes as GGUF keys, its tensors under llama.cpp's names.
+"""Convert a model's configuration to GGUF keys, and its tensor names to llama.cpp's names.
 
-A family is one entry of ``FAMILIES``. llama.cpp has one model graph per family. A configuration is
-refused if it has a feature that the graph lacks. Otherwise the file would load and give slightly
-worse answers, and nobody would notice.
+``FAMILIES`` names the model graph of llama.cpp for each supported ``model_type``. If a
+configuration has a feature that this graph does not support, the export is refused. Otherwise
+llama.cpp would load the file without an error, but give slightly worse answers.
 """
 
 import math
@@ -23,22 +23,24 @@ MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 @dataclass(frozen=True)
 class Family:
-    """What llama.cpp's format needs to know of one ``model_type`` of transformers."""
+    """How llama.cpp differs from transformers for one ``model_type``."""
 
     arch: str
-    """llama.cpp's name of the family."""
+    """llama.cpp's name for the model graph."""
     pairs_adjacent: bool = False
-    """Whether the rows of q and k are permuted.
+    """True if the export must reorder the rows of the q and k projections.
 
     llama.cpp expects the two rows of a rotary pair next to each other. In transformers they are
     half a head apart."""
     norm_adds_one: bool = False
-    """Whether transformers multiplies by 1 + weight in a norm. llama.cpp multiplies by weight."""
+    """True if a norm multiplies by 1 + weight in transformers, but by weight in llama.cpp."""
     activation: str = "silu"
     biases: tuple[str, ...] = ()
-    """The projections that may have a bias in llama.cpp."""
+    """The projections for which llama.cpp supports a bias."""
     full_attention_every: int = 0
-    """n: layers n, 2n, ... have full attention, the others a window. 0: no window support."""
+    """If n > 0, layers n, 2n, ... have full attention and all other layers a sliding window.
+
+    If 0, llama.cpp supports no sliding window for the family."""
 
 
 GELU = "gelu_pytorch_tanh"
@@ -60,35 +62,38 @@ LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")
 
 @dataclass
 class Description:
-    """The GGUF keys of a model, and what is needed to convert its tensors."""
+    """A model's GGUF keys, and the values that the conversion of its tensors needs."""
 
     family: Family
     keys: dict[str, Any]
     """GGUF key -> value."""
     factors: dict[str, np.ndarray] = field(default_factory=dict)
-    """Name of a tensor -> divisors of the rotary frequencies, by the configuration."""
+    """Tensor name -> divisors of the rotary frequencies, computed from the configuration."""
     notes: list[str] = field(default_factory=list)
-    """Differences from transformers that the user should know."""
+    """Messages to the user about differences between llama.cpp and transformers."""
     layers: int = 0
     head_dim: int = 0
     tied: bool = False
     is_multimodal: bool = False
-    """Whether the model has other parts too. Only its language model is exported."""
+    """True if the model also has an image encoder. Only the language model is exported."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor of the GGUF file: the stored tensor that it is made from, and the conversion."""
+    """A tensor of the GGUF file: its name, its source tensor and its conversion."""
 
     name: str
     stored: Stored
     head_dim: int = 0
-    """Head size of a q or k whose rows are permuted; 0 for other tensors."""
+    """The head size if the rows of a q or k projection must be reordered, else 0."""
     add: float = 0.0
-    """A number that is added to each weight."""
+    """The number that the conversion adds to each weight."""
 
     def convert(self, block_RC: np.ndarray) -> np.ndarray:
-        """Convert rows of shape (R, C), float32. A block of q or k must consist of whole heads."""
+        """Convert a block of float32 rows of shape (R, C) to llama.cpp's form.
+
+        If ``head_dim`` is set, the block must contain only complete heads.
+        """
         if self.head_dim:
             block_RC = _rotary_pairs_adjacent(
                 block_RC.reshape(-1, self.head_dim, self.stored_columns)
@@ -97,12 +102,12 @@ class Target:
 
     @property
     def stored_columns(self) -> int:
-        """The number of columns; 1 for a vector."""
+        """Return the number of columns, or 1 for a vector."""
         return self.stored.shape[1] if len(self.stored.shape) == 2 else 1
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the tensor has two dimensions."""
+        """Return True if the tensor has two dimensions."""
         return len(self.stored.shape) == 2
 
 
@@ -117,14 +122,15 @@ def _rotary_pairs_adjacent(heads_HDC: np.ndarray) -> np.ndarray:
 
 
 def describe(config: Any, where: str) -> Description:
-    """Return the GGUF keys of a model from its transformers configuration.
+    """Return a model's GGUF keys, which are made from its configuration.
 
     Args:
-        config: the transformers configuration.
-        where: the name of the model in messages.
+        config: the configuration from transformers.
+        where: the name of the model for error messages.
 
     Raises:
-        ModelError: the family is not in ``FAMILIES``, or llama.cpp lacks a feature of the model.
+        ModelError: ``FAMILIES`` does not contain the ``model_type``, or llama.cpp does not support
+            a feature of the model.
     """
     is_multimodal = config.model_type in MULTIMODAL
     config = config.get_text_config() if is_multimodal else config
@@ -132,8 +138,8 @@ def describe(config: Any, where: str) -> Description:
     if family is None:
         raise ModelError(
             where=where,
-            found=f"model_type {config.model_type!r} cannot be exported to GGUF by orpo-lite",
-            expected=f"one of {', '.join(FAMILIES)}",
+            found=f"orpo-lite cannot export model_type {config.model_type!r} to GGUF",
+            expected=f"one of these model types: {', '.join(FAMILIES)}",
             fix=f"{VLLM}, or use llama.cpp's own converter",
         )
     heads = config.num_attention_heads
@@ -141,7 +147,9 @@ def describe(config: Any, where: str) -> Description:
     has_own_key = family.arch in ("gemma2", "gemma3")
     activation = config.hidden_activation if has_own_key else config.hidden_act
     if activation != family.activation:
-        raise _beyond(where, f"the activation {activation!r}", family.activation)
+        raise _beyond(
+            where, f"the activation {activation!r}", f"the activation {family.activation!r}"
+        )
     if getattr(config, "use_bidirectional_attention", None):
         raise _beyond(where, "bidirectional attention", "causal attention")
     arch = family.arch
@@ -163,7 +171,7 @@ def describe(config: Any, where: str) -> Description:
     if is_multimodal:
         made.notes.append("the file holds only the language model, without the image encoder")
     if arch in ("qwen2", "phi3") and head_dim * heads != config.hidden_size:
-        found = f"{heads} heads of {head_dim} with hidden_size {config.hidden_size}"
+        found = f"{heads} heads of size {head_dim} with hidden_size {config.hidden_size}"
         raise _beyond(where, found, "num_attention_heads * head_dim = hidden_size")
     if arch in ("gemma", "gemma2") and not made.tied:
         raise _beyond(where, "an untied output head", "an output head tied to the embedding")
@@ -175,10 +183,13 @@ def describe(config: Any, where: str) -> Description:
 
 
 def _beyond(where: str, found: str, expected: str) -> ModelError:
-    """Return the error for a feature that llama.cpp lacks."""
+    """Return the error for a feature that llama.cpp does not support.
+
+    ``found`` is a noun phrase that describes the feature.
+    """
     return ModelError(
         where=where,
-        found=f"{found}, which llama.cpp does not support for this family",
+        found=f"llama.cpp does not support {found} for this model family",
         expected=expected,
         fix=VLLM,
     )
@@ -193,18 +204,22 @@ def _gemma_keys(made: Description, config: Any, where: str) -> None:
         scaled_by = config.hidden_size // config.num_attention_heads
     if config.query_pre_attn_scalar != scaled_by:
         raise _beyond(
-            where, f"query_pre_attn_scalar: {config.query_pre_attn_scalar}", f"{scaled_by}"
+            where,
+            f"query_pre_attn_scalar: {config.query_pre_attn_scalar}",
+            f"query_pre_attn_scalar: {scaled_by}",
         )
     if cap := config.attn_logit_softcapping:
         if arch == "gemma3":
-            raise _beyond(where, f"attn_logit_softcapping: {cap}", "none")
+            raise _beyond(where, f"attn_logit_softcapping: {cap}", "attn_logit_softcapping: null")
         keys[f"{arch}.attn_logit_softcapping"] = float(cap)
     elif arch == "gemma2":
-        raise _beyond(where, "attn_logit_softcapping: null", "a number")
+        raise _beyond(where, "attn_logit_softcapping: null", "a number for attn_logit_softcapping")
     if cap := config.final_logit_softcapping:
         keys[f"{arch}.final_logit_softcapping"] = float(cap)
     elif arch == "gemma2":
-        raise _beyond(where, "final_logit_softcapping: null", "a number")
+        raise _beyond(
+            where, "final_logit_softcapping: null", "a number for final_logit_softcapping"
+        )
 
 
 def _window_keys(made: Description, config: Any, where: str) -> None:
@@ -218,7 +233,7 @@ def _window_keys(made: Description, config: Any, where: str) -> None:
     slides = [layer_type == "sliding_attention" for layer_type in types] or [True] * made.layers
     if set(types) - {"sliding_attention", "full_attention"}:
         found = f"layer_types of {', '.join(sorted(set(types)))}"
-        raise _beyond(where, found, "full_attention or sliding_attention")
+        raise _beyond(where, found, "only full_attention and sliding_attention")
     if made.family.full_attention_every:
         keys[f"{arch}.attention.sliding_window"] = int(window or 0)
         every = made.family.full_attention_every
@@ -228,8 +243,8 @@ def _window_keys(made: Description, config: Any, where: str) -> None:
     elif window and any(slides) and window < keys[f"{arch}.context_length"]:
         keys[f"{arch}.context_length"] = window
         made.notes.append(
-            f"llama.cpp has no sliding window for {arch}: the context is limited to {window:,} "
-            "tokens, the size of the window, where the results are the same"
+            f"llama.cpp has no sliding window for {arch}: the context is limited to the window "
+            f"size of {window:,} tokens, because up to this length the results are the same"
         )
 
 
@@ -240,14 +255,17 @@ def _rope_keys(made: Description, config: Any, where: str) -> None:
         local = rope["sliding_attention"]
         if local.get("rope_type", "default") != "default":
             raise _beyond(
-                where, f"rope_type {local['rope_type']!r} in sliding-window layers", "default"
+                where,
+                f"rope_type {local['rope_type']!r} in sliding-window layers",
+                "rope_type 'default'",
             )
         keys[f"{arch}.rope.freq_base_swa"] = float(local["rope_theta"])
         rope = dict(rope["full_attention"])
     theta, rope_type = float(rope["rope_theta"]), rope.get("rope_type", "default")
     rotated = int(made.head_dim * rope.get("partial_rotary_factor", 1.0))
     if rotated != made.head_dim and arch != "phi3":
-        raise _beyond(where, f"partial_rotary_factor: {rope['partial_rotary_factor']}", "1")
+        factor = rope["partial_rotary_factor"]
+        raise _beyond(where, f"partial_rotary_factor: {factor}", "partial_rotary_factor: 1")
     keys[f"{arch}.rope.dimension_count"] = rotated
     keys[f"{arch}.rope.freq_base"] = theta
     if rope_type != "default":
@@ -265,7 +283,7 @@ def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: s
     arch, keys, rope_type = made.family.arch, made.keys, rope["rope_type"]
     allowed = SCALINGS.get(arch, ("linear", "yarn", "dynamic"))
     if rope_type not in allowed:
-        raise _beyond(where, f"rope_type {rope_type!r}", f"default, {', '.join(allowed)}")
+        raise _beyond(where, f"rope_type {rope_type!r}", f"one of default, {', '.join(allowed)}")
     factor = rope.get("factor")
     original = rope.get("original_max_position_embeddings") or getattr(
         config, "original_max_position_embeddings", None
@@ -294,7 +312,7 @@ def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: s
     if rope_type == "yarn":
         for key, usual in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
             if rope.get(key) not in (None, usual):
-                raise _beyond(where, f"{key}: {rope[key]} with yarn", str(usual))
+                raise _beyond(where, f"{key}: {rope[key]} with yarn", f"{key}: {usual}")
         # llama.cpp multiplies by yarn's default factor itself, so this key has only the rest.
         keys[f"{arch}.rope.scaling.attn_factor"] = attention / (0.1 * math.log(factor) + 1.0)
         return
@@ -304,13 +322,13 @@ def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: s
             rope[f"{length}_factor"], np.float32
         )
     made.notes.append(
-        "llama.cpp chooses the rope factors when it starts, by its context size: the short factors "
-        f"for a context of up to {original:,} tokens, the long factors for a larger context"
+        "llama.cpp chooses the rope factors once, when it starts: the short factors if its context "
+        f"size is at most {original:,} tokens, else the long factors"
     )
 
 
 def _frequencies(config: Any, rope_type: str) -> tuple[np.ndarray, float]:
-    """Return the rotary frequencies and the attention factor that transformers computes."""
+    """Return the rotary frequencies and the attention factor, as transformers computes them."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     has_types = "full_attention" in config.rope_parameters
@@ -322,10 +340,11 @@ def _frequencies(config: Any, rope_type: str) -> tuple[np.ndarray, float]:
 def find_targets(
     made: Description, config: Any, tensors: dict[str, Stored], where: str
 ) -> list[Target]:
-    """Return the tensors of the model under llama.cpp's names, in the order of the layers.
+    """Return the tensors for the GGUF file, with llama.cpp's names and sorted by layer.
 
     Raises:
-        ModelError: llama.cpp lacks one of the tensors, or they do not fit the configuration.
+        ModelError: llama.cpp does not support a tensor, a tensor is missing, or the shape of a
+            tensor does not fit the configuration.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -347,14 +366,20 @@ def find_targets(
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         is_allowed = suffix == "weight" or module.endswith(made.family.biases)
         if name is None or not is_allowed or len(stored.shape) not in (1, 2):
-            found = f"has a tensor {stored.name}, which llama.cpp's family {made.family.arch} lacks"
-            raise ModelError(where=where, found=found, expected="the tensors of that family")
+            raise ModelError(
+                where=where,
+                found=f"llama.cpp does not support the tensor {stored.name}",
+                expected=f"only tensors that llama.cpp supports for {made.family.arch} models",
+            )
         head_dim = 0
         if made.family.pairs_adjacent and module.endswith(ATTENTION[:2]):
             head_dim = made.head_dim
             if stored.shape[0] % head_dim:
-                found = f"has a tensor {stored.name} of {stored.shape[0]} rows"
-                raise ModelError(where=where, found=found, expected=f"a multiple of {head_dim}")
+                raise ModelError(
+                    where=where,
+                    found=f"the tensor {stored.name} has {stored.shape[0]} rows",
+                    expected=f"a multiple of {head_dim} rows, because the head size is {head_dim}",
+                )
         adds_one = made.family.norm_adds_one and module.endswith("norm")
         targets.append(Target(name, stored, head_dim, float(adds_one)))
     _check_shapes(config, names, {target.name: target.stored for target in targets}, where)
@@ -377,16 +402,20 @@ def _check_shapes(config: Any, names: Any, found: Mapping[str, Stored], where: s
         if shape != expected:
             raise ModelError(
                 where=where,
-                found=f"has no {name}" if shape is None else f"has a {name} of {shape}",
-                expected=f"{expected}, as config.json says",
-                fix="orpo-lite merge RUN writes the merged model again",
+                found=(
+                    f"the tensor {name} is missing"
+                    if shape is None
+                    else f"the tensor {name} has the shape {shape}"
+                ),
+                expected=f"the shape {expected}, which follows from config.json",
+                fix="run orpo-lite merge RUN to write the merged model again",
             )
 
 
 def _has_own_head(tensors: Mapping[str, Stored]) -> bool:
-    """Return whether the files hold a head that differs from the embedding.
+    """Return True if the files hold an output head that differs from the embedding.
 
-    transformers uses such a head even if config.json says that it is tied.
+    transformers uses such a head even if config.json says that head and embedding are tied.
     """
     heads = [stored for name, stored in tensors.items() if name.endswith("lm_head.weight")]
     inputs = [stored for name, stored in tensors.items() if name.endswith("embed_tokens.weight")]
@@ -397,7 +426,7 @@ def _has_own_head(tensors: Mapping[str, Stored]) -> bool:
 
 
 def _language_model_name(name: str) -> str:
-    """Return a tensor's name within the language model; "" for a tensor of another part."""
+    """Return a tensor's name in the language model, or "" if it belongs to another part."""
     for prefix in LANGUAGE_MODEL:
         if name.startswith(prefix):
             return f"model.{name.removeprefix(prefix)}"

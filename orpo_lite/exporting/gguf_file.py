@@ -1,4 +1,4 @@
-"""Write a GGUF file: the header with the gguf library, then the tensors block by block."""
+"""Write a GGUF file. The gguf library writes the header. The tensors follow block by block."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -34,7 +34,7 @@ def write_gguf(
     is stored as f16. Norms, biases and rotary factors are always stored as f32, as in llama.cpp.
 
     Yields:
-        (tensors done, number of tensors).
+        The progress: (tensors written, number of tensors).
 
     Raises:
         ModelError: a weight is too large for f16.
@@ -88,7 +88,7 @@ def _add_key(writer: Any, key: str, value: Any) -> None:
 
 
 def _stored_type(target: Target, outtype: str) -> str:
-    """Return the type that a tensor is stored as."""
+    """Return the type in which the GGUF file stores a tensor."""
     if not target.is_matrix:
         return "f32"
     if outtype == "q8_0" and target.stored.shape[-1] % 32:
@@ -106,7 +106,7 @@ def _entry(
 
 
 def _blocks(source: np.ndarray | Target) -> Iterator[np.ndarray]:
-    """Yield the converted rows of a tensor in blocks, float32."""
+    """Yield a tensor's converted rows in blocks, as float32."""
     if isinstance(source, np.ndarray):
         yield source
         return
@@ -119,7 +119,7 @@ def _blocks(source: np.ndarray | Target) -> Iterator[np.ndarray]:
 
 
 def _encode(block: np.ndarray, entry: _Entry, file: Path) -> np.ndarray:
-    """Return a block in the type of its tensor. Raise ModelError if f16 overflows."""
+    """Convert a block to its tensor's type. Raise ModelError if a value is too large for f16."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -127,8 +127,8 @@ def _encode(block: np.ndarray, entry: _Entry, file: Path) -> np.ndarray:
     if entry.dtype == "f16" and np.abs(block).max(initial=0) > LARGEST_F16:
         raise ModelError(
             where=str(file),
-            found=f"{entry.name} holds numbers that are too large for f16",
-            expected="numbers up to 65504",
-            fix="--outtype bf16",
+            found=f"the tensor {entry.name} has values that are too large for f16",
+            expected="values from -65504 to 65504",
+            fix="use --outtype bf16",
         )
     return np.asarray(quantize(block, GGMLQuantizationType[entry.dtype.upper()]))

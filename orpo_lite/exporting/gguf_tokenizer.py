@@ -1,8 +1,10 @@
-"""Describe a tokenizer for llama.cpp: byte-level BPE, or sentencepiece's BPE with byte fallback.
+"""Convert a tokenizer to GGUF keys for llama.cpp.
 
-llama.cpp splits a text into words with built-in regular expressions. Each expression has a name. A
-tokenizer with another expression is refused. With the name of a similar expression, the file would
-load, but llama.cpp would tokenise slightly differently than in training.
+Two types are supported: byte-level BPE, and sentencepiece's BPE with byte fallback. For byte-level
+BPE, llama.cpp splits a text into words with one of its built-in regular expressions, and the GGUF
+file names the expression. If the tokenizer uses another expression, the export is refused. With the
+name of a similar expression, the file would load, but llama.cpp would split some texts differently
+from the tokenizer that was used in training.
 """
 
 import re
@@ -43,7 +45,7 @@ WORDS: dict[tuple[tuple[str, ...], bool], str] = {
 }
 # llama.cpp's expressions of these names recognise only ASCII capitals, and no combining marks.
 ASCII = ("tekken", "gpt-4o")
-# Put before the chat template in the file if the tokenizer adds a space only at a text's start.
+# Added before the exported chat template if the tokenizer adds a space only at a text's start.
 SPACE = "{{ ' ' }}"
 # llama.cpp's three keys for tokens that end an answer. It stops at each of these tokens.
 ENDS = ("eos", "eot", "eom")
@@ -55,17 +57,17 @@ COMPOSED = ("qwen2",)
 def describe_tokenizer(
     tokenizer: Any, spec: dict[str, Any], rows: int, ends: Sequence[int], where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the GGUF keys of a tokenizer, and notes on how llama.cpp tokenises differently.
+    """Return (keys, notes): a tokenizer's GGUF keys, and notes on differences in llama.cpp.
 
     Args:
-        tokenizer: transformers' tokenizer.
+        tokenizer: the tokenizer from transformers.
         spec: the content of its ``tokenizer.json``.
         rows: number of rows of the embedding. Rows without a token get placeholder tokens.
-        ends: ids of the tokens that end an answer, the chat template's end token first.
-        where: the name of the tokenizer in messages.
+        ends: ids of the tokens that end an answer. The chat template's end token is the first.
+        where: the name of the tokenizer for error messages.
 
     Raises:
-        ModelError: llama.cpp would tokenise usual texts differently.
+        ModelError: llama.cpp would split common texts into other tokens than transformers.
     """
     model = spec["model"]
     _refuse_model(model, where)
@@ -76,7 +78,7 @@ def describe_tokenizer(
     if max(texts) >= rows:
         raise ModelError(
             where=where,
-            found=f"the token id {max(texts)} is beyond the embedding's {rows} rows",
+            found=f"the largest token id is {max(texts)}, but the embedding has only {rows} rows",
             expected="an embedding row for each token",
         )
     keys: dict[str, Any] = {}
@@ -93,7 +95,7 @@ def describe_tokenizer(
     _check_stripping(added.values(), keys, where)
     tokens = _fill_unused(texts, rows)
     if len(set(tokens)) != rows:
-        raise _beyond(where, "two tokens with the same text", "a different text for each token")
+        raise _beyond(where, "two tokens have the same text", "a different text for each token")
     keys["tokenizer.ggml.tokens"] = tokens
     keys["tokenizer.ggml.token_type"] = [
         types.get(id_, NORMAL) if id_ in texts else UNUSED for id_ in range(rows)
@@ -106,7 +108,7 @@ def describe_tokenizer(
 
 
 def _fill_unused(texts: dict[int, str], rows: int) -> list[str]:
-    """Return the token of each embedding row. Unused rows get placeholders: [PAD0], [PAD1]."""
+    """Return one token for each embedding row. Unused rows get placeholders: [PAD0], [PAD1], ..."""
     taken = set(texts.values())
     numbers = count()
     tokens = []
@@ -119,12 +121,12 @@ def _fill_unused(texts: dict[int, str], rows: int) -> list[str]:
 
 
 def _refuse_model(model: dict[str, Any], where: str) -> None:
-    """Raise :class:`ModelError` if the model is not plain BPE."""
+    """Raise :class:`ModelError` if the tokenizer's model is not plain BPE."""
     if model["type"] != "BPE":
-        raise _beyond(where, f"a model of type {model['type']}", "BPE")
+        raise _beyond(where, f"its model has the type {model['type']}", "BPE")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
-            raise _beyond(where, f"BPE with {option}: {model[option]!r}", "none")
+            raise _beyond(where, f"its BPE uses {option}={model[option]!r}", f"no {option}")
 
 
 def _mark_added(
@@ -134,7 +136,7 @@ def _mark_added(
     keys: dict[str, Any],
     where: str,
 ) -> None:
-    """Set the types of added tokens. Tokenizers search a text for them before any merge."""
+    """Set the types of added tokens. A tokenizer finds these tokens in a text before it merges."""
     for id_, token in added.items():
         text = token["content"]
         if token["special"]:
@@ -144,7 +146,9 @@ def _mark_added(
         elif token["normalized"]:  # llama.cpp searches before spaces become ▁
             if keys["tokenizer.ggml.add_space_prefix"]:
                 raise _beyond(
-                    where, f"{text!r} is searched for after a space was added", "no added space"
+                    where,
+                    f"it adds a space to a text before it searches the text for {text!r}",
+                    "a search without an added space",
                 )
             types[id_], texts[id_] = USER_DEFINED, text.replace("▁", " ")
 
@@ -154,7 +158,8 @@ def _caveats(keys: dict[str, Any], spec: dict[str, Any], ends: Sequence[int]) ->
     notes = []
     if len(ends) > len(ENDS):
         notes.append(
-            f"the file holds only {len(ENDS)} of the {len(ends)} tokens that end an answer"
+            f"the file names only {len(ENDS)} of the {len(ends)} tokens that end an answer: "
+            f"GGUF has only {len(ENDS)} keys for them"
         )
     if spec["normalizer"] and spec["normalizer"]["type"] == "NFC":
         notes.append(
@@ -167,17 +172,20 @@ def _caveats(keys: dict[str, Any], spec: dict[str, Any], ends: Sequence[int]) ->
         )
     if keys.pop("metaspace", False):
         notes.append(
-            "texts in the chat template have the same tokens in llama.cpp; other texts may differ "
-            "by a space at the start"
+            "inside the chat template, llama.cpp gives the same tokens as transformers; other "
+            "texts may differ by a space at the start"
         )
     return notes
 
 
 def _beyond(where: str, found: str, expected: str) -> ModelError:
-    """Return the error for a feature that llama.cpp lacks."""
+    """Return the error for a tokenizer that llama.cpp does not support.
+
+    ``found`` is a clause that gives the reason.
+    """
     return ModelError(
         where=where,
-        found=f"{found}, which llama.cpp does not support",
+        found=f"llama.cpp does not support this tokenizer: {found}",
         expected=expected,
         fix=VLLM,
     )
@@ -192,7 +200,7 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _byte_level(keys: dict[str, Any], spec: dict[str, Any], where: str) -> dict[int, int]:
-    """Add the keys of byte-level BPE, as in GPT-2. Return no token types: all are normal."""
+    """Add the keys of byte-level BPE, as in GPT-2. Return {}, because all tokens are normal."""
     steps, model = [], spec["model"]
     for step in _steps(spec["pre_tokenizer"]):
         if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
@@ -206,12 +214,14 @@ def _byte_level(keys: dict[str, Any], spec: dict[str, Any], where: str) -> dict[
     name = WORDS.get((tuple(steps), bool(model.get("ignore_merges"))))
     if name is None:
         suffix = ", ignore_merges" if model.get("ignore_merges") else ""
-        found = f"texts are split by {', then by '.join(steps)}{suffix}"
-        raise _beyond(where, found, f"the rules of {', '.join(WORDS.values())}")
+        found = f"it splits texts by {', then by '.join(steps)}{suffix}"
+        raise _beyond(where, found, f"the rules of one of these: {', '.join(WORDS.values())}")
     normalizers = [step["type"] for step in _steps(spec["normalizer"])]
     allowed = (["NFC"], []) if name in COMPOSED else ([],)
     if normalizers not in allowed:
-        raise _beyond(where, f"a normalizer of type {spec['normalizer']['type']}", "no normalizer")
+        raise _beyond(
+            where, f"it has a normalizer of type {spec['normalizer']['type']}", "no normalizer"
+        )
     keys["tokenizer.ggml.model"] = "gpt2"
     keys["tokenizer.ggml.pre"] = name
     keys["tokenizer.ggml.merges"] = [" ".join(_pair(merge)) for merge in model["merges"]]
@@ -227,12 +237,12 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 def _sentencepiece(
     keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, where: str
 ) -> dict[int, int]:
-    """Add the keys of BPE over characters. Return the types of its byte tokens, by token id.
+    """Add the keys of BPE over characters. Return token id -> type of the byte tokens.
 
-    llama.cpp merges any two tokens that form a token together, the highest score first.
-    transformers merges the pairs of a list, in the order of the list. Both give the same tokens if
-    the list has every pair that forms a token, and the pairs that form the same token are next to
-    each other. Then a token's position in the list defines its score.
+    llama.cpp merges any two tokens whose joined text is a token. The highest score comes first.
+    transformers merges the pairs of a list, in the order of the list. Both give the same tokens
+    under two conditions: the list has every pair that forms a token, and all pairs that form the
+    same token are next to each other. A token's position in the list then defines its score.
     """
     model = spec["model"]
     vocabulary: dict[str, int] = model["vocab"]
@@ -243,13 +253,13 @@ def _sentencepiece(
     if not model.get("byte_fallback") or not bytes_.keys() <= as_bytes | own:
         raise _beyond(
             where,
-            "BPE over characters without byte fallback",
-            "byte_fallback, with its 256 byte tokens",
+            "it is BPE over characters without byte fallback",
+            "byte_fallback and the 256 byte tokens",
         )
     keys["tokenizer.ggml.model"] = "llama"
     keys["tokenizer.ggml.pre"] = "default"
     keys["tokenizer.ggml.add_space_prefix"] = _space_prefix(keys, spec, tokenizer, where)
-    # Tokenizers search a text for these tokens before any merge.
+    # A tokenizer finds these tokens in a text before it merges.
     whole = set(as_bytes)
     for token in spec["added_tokens"]:
         if "▁" not in token["content"] or token["normalized"]:
@@ -264,7 +274,7 @@ def _sentencepiece(
         is_run = len(set(made)) == 1
         if is_apart and not is_run and made not in whole:
             found = f"the merges that form {made!r} are not next to each other"
-            raise _beyond(where, found, "merges in the order that sentencepiece gives them")
+            raise _beyond(where, found, "such merges next to each other, as in sentencepiece")
         scores.setdefault(made, -float(len(scores)))
         last = made
     known = set(pairs)
@@ -280,10 +290,10 @@ def _sentencepiece(
 
 
 def _space_prefix(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, where: str) -> bool:
-    """Return whether llama.cpp should add a space at the start of a text.
+    """Return True if llama.cpp should add a space at the start of a text.
 
     Raises:
-        ModelError: the tokenizer changes a text in another way than replacing spaces by ▁.
+        ModelError: the tokenizer does not replace spaces by ▁, or changes texts in another way.
     """
     prefix, replaced, metaspace = "never", False, False
     for step in _steps(spec["normalizer"]) + _steps(spec["pre_tokenizer"]):
@@ -298,9 +308,11 @@ def _space_prefix(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, wh
             case {"type": "Split"} if is_space and replaced:
                 pass  # no spaces are left, so nothing is split
             case _:
-                raise _beyond(where, f"texts are changed by {step}", "only spaces that become ▁")
+                raise _beyond(
+                    where, f"it changes texts by the step {step}", "only spaces replaced by ▁"
+                )
     if not replaced:
-        raise _beyond(where, "spaces are not replaced by ▁", "spaces that become ▁")
+        raise _beyond(where, "it does not replace spaces by ▁", "spaces replaced by ▁")
     if not metaspace:
         return prefix == "always"
     keys["metaspace"] = True
@@ -310,12 +322,12 @@ def _space_prefix(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, wh
 def _prefix_fits(
     keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, prefix: str, where: str
 ) -> bool:
-    """Return whether llama.cpp should add spaces to match transformers in the chat template.
+    """Return True if llama.cpp should add spaces, so that it matches the chat template's tokens.
 
-    llama.cpp adds a space before each text between special tokens, or before none of them. The step
-    Metaspace of transformers adds a space only before a text that does not begin with a space. With
-    the scheme ``first``, it does so only at the start of the whole text. For ``first``, the space
-    is put at the start of the chat template in the file instead.
+    llama.cpp adds a space before every text between special tokens, or before none. The step
+    Metaspace of transformers adds a space only before texts that do not begin with a space. With
+    the scheme ``first``, it does so only at the start of the whole text. llama.cpp has no such
+    scheme. For ``first``, the export adds the space to the start of the chat template instead.
     """
     texts = _texts_between(spec, tokenizer)
     if prefix == "first":
@@ -327,14 +339,15 @@ def _prefix_fits(
     starts = {text.startswith(" ") for _, text in texts or []}
     if len(starts) == 2:
         found = "only some texts of the chat template begin with a space"
-        raise _beyond(where, found, "all of them or none")
+        raise _beyond(where, found, "a space at the start of all these texts or of none")
     return starts != {True}
 
 
 def _texts_between(spec: dict[str, Any], tokenizer: Any) -> list[tuple[bool, str]] | None:
-    """Return (follows a special token, text) of each text between special tokens of a conversation.
+    """Return the texts between the special tokens of a conversation, or None.
 
-    Return None if there is no chat template, or if it fails.
+    Each item is (follows_token, text). ``follows_token`` is True if a special token comes before
+    the text. The result is None if there is no chat template, or if the chat template fails.
     """
     if not tokenizer.chat_template:
         return None
@@ -350,17 +363,17 @@ def _texts_between(spec: dict[str, Any], tokenizer: Any) -> list[tuple[bool, str
 
 
 def _check_stripping(added: Any, keys: dict[str, Any], where: str) -> None:
-    """Raise :class:`ModelError` for tokens that strip white space around them, except Phi-3's.
+    """Raise :class:`ModelError` if a token strips white space around it. Phi-3 is an exception.
 
-    llama.cpp has a rule for Phi-3 and uses it if the model's name says Phi-3. For tokens that match
-    this rule, the name is set.
+    llama.cpp has a rule for Phi-3's tokens. It uses the rule if the model's name contains "Phi-3".
+    If the tokens match the rule, this name is set.
     """
     lefts = [token["content"] for token in added if token["lstrip"] or token["single_word"]]
     if lefts:
         raise _beyond(
             where,
             f"the token {lefts[0]} strips the space before it, or matches only whole words",
-            "plain tokens",
+            "tokens without lstrip and single_word",
         )
     rights = {token["content"] for token in added if token["rstrip"]}
     if not rights:
@@ -369,12 +382,12 @@ def _check_stripping(added: Any, keys: dict[str, Any], where: str) -> None:
     kept = {"<unk>", "<s>", "<|endoftext|>"}
     texts = {token["content"] for token in added}
     if rights != texts - kept or not kept <= texts:
-        raise _beyond(where, f"the token {min(rights)} strips the space after it", "plain tokens")
+        raise _beyond(where, f"the token {min(rights)} strips the space after it", "no rstrip")
     keys["general.name"] = "Phi-3"
 
 
 def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], where: str) -> None:
-    """Add the ids of special tokens, whether bos and eos are added, and the chat templates."""
+    """Add the keys for special tokens, for the addition of bos and eos, and for chat templates."""
     for key, id_ in (("bos", tokenizer.bos_token_id), ("padding", tokenizer.pad_token_id)):
         if id_ is not None:
             keys[f"tokenizer.ggml.{key}_token_id"] = int(id_)
@@ -388,12 +401,14 @@ def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], wher
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
         raise _beyond(
             where,
-            f"the tokenizer adds the tokens {before} before a text and {after} after it",
-            "at most a bos before it and an eos after it",
+            f"it adds the tokens {before} before a text and {after} after it",
+            "at most a bos before the text and an eos after it",
         )
     if after and tokenizer.eos_token_id not in ends[:1]:
         raise _beyond(
-            where, "the eos that ends a text is not the token that ends an answer", "the same token"
+            where,
+            "the eos that ends a text is not the token that ends an answer",
+            "one token for both",
         )
     keys["tokenizer.ggml.add_bos_token"] = bool(before)
     keys["tokenizer.ggml.add_eos_token"] = bool(after)
@@ -405,13 +420,13 @@ def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], wher
 
 
 def _template(tokenizer: Any) -> str:
-    """Return the default chat template; "" if there is none."""
+    """Return the default chat template, or "" if there is none."""
     template = tokenizer.chat_template or ""
     return template if isinstance(template, str) else str(template.get("default", ""))
 
 
 def _named_templates(tokenizer: Any) -> dict[str, str]:
-    """Return the named templates, such as ``tool_use``, which llama.cpp uses for tools."""
+    """Return name -> text of the named chat templates. llama.cpp uses ``tool_use`` for tools."""
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     return {
         re.sub(r"[^A-Za-z0-9]", "_", name): text

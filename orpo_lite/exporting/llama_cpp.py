@@ -1,4 +1,4 @@
-"""Quantise files, compare tokens and score pairs with llama.cpp's Python package."""
+"""Quantise GGUF files, compare tokens and score pairs with the package llama-cpp-python."""
 
 import importlib.util
 import logging
@@ -19,7 +19,7 @@ from orpo_lite.exporting.gguf_family import VLLM
 # Values of --outtype for which llama.cpp's quantiser converts a file in full precision.
 QUANTISED = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
 # Texts whose tokens are compared: words, numbers, punctuation and white space. Few are in other
-# scripts, because a note reports the differences there.
+# scripts, because notes already report the differences in other scripts.
 PROBES = (
     "Hello, world! It's what we've said: they're here, I'll go.",
     "  two  spaces,   three,\ta tab\n\nlines \n and  an end  ",
@@ -34,31 +34,36 @@ _callbacks: list[Any] = []  # kept here, because C code has a pointer to the cal
 
 
 def is_installed() -> bool:
-    """Return whether llama-cpp-python is installed."""
+    """Return True if llama-cpp-python is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
 
 
 def require_llama_cpp() -> None:
-    """Raise :class:`FitError` unless llama-cpp-python is installed."""
+    """Raise :class:`FitError` if llama-cpp-python is not installed."""
     if not is_installed():
         raise not_installed("llama-cpp-python>=0.3.36")
 
 
 def not_installed(package: str) -> FitError:
-    """Return the error for a missing package."""
+    """Return the error for a Python package that is not installed, such as "gguf>=0.19"."""
     return FitError(
         where="export",
         found=f"{package} is not installed",
-        expected="the package",
+        expected="this package, because the export needs it",
         fix=f"pip install '{package}'",
     )
 
 
 def quantise(source: Path, file: Path, outtype: str) -> None:
-    """Quantise ``source``, a GGUF file in full precision, to one of ``QUANTISED``.
+    """Write ``file``, a quantised copy of the GGUF file ``source``.
+
+    Args:
+        source: a GGUF file in full precision.
+        file: the new file.
+        outtype: the new type of the matrices, one of ``QUANTISED``.
 
     Raises:
-        ModelError: llama.cpp fails.
+        ModelError: llama.cpp's quantiser fails.
     """
     llama_cpp = _load()
     options = llama_cpp.llama_model_quantize_default_params()
@@ -67,15 +72,16 @@ def quantise(source: Path, file: Path, outtype: str) -> None:
     if code:
         raise ModelError(
             where=str(file),
-            found=f"llama.cpp's quantiser failed ({code})",
-            expected="a model that it can quantise",
+            found=f"llama.cpp's quantiser failed with the error code {code}",
+            expected="a model that llama.cpp can quantise",
         )
 
 
 def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) -> None:
     """Raise :class:`ModelError` if llama.cpp and transformers tokenise a text differently.
 
-    Only llama.cpp gets each text with ``lead`` before it.
+    For llama.cpp, ``lead`` is added before each text. It is the space with which the exported chat
+    template begins, or "".
     """
     where = str(file)
     model = _open(file, vocab_only=True, n_ctx=8, n_batch=8)
@@ -85,8 +91,8 @@ def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) ->
             if found != tokenizer(text, add_special_tokens=False).input_ids:
                 raise ModelError(
                     where=where,
-                    found=f"llama.cpp tokenises {text!r} differently",
-                    expected="the tokens of transformers",
+                    found=f"llama.cpp and transformers tokenise {text!r} differently",
+                    expected="the same tokens from both",
                     fix=VLLM,
                 )
     finally:
@@ -96,11 +102,11 @@ def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) ->
 def score_pairs(
     file: Path, pairs: Sequence[TokenizedPair]
 ) -> Generator[tuple[int, int], None, Tensor]:
-    """Yield (pairs done, pairs); finally return the mean log-probabilities of the replies.
+    """Yield (pairs done, number of pairs); finally return the replies' mean log-probabilities.
 
-    They have shape (2, P), float64: the chosen replies in row 0, the rejected ones in row 1. The
-    tokens that both sequences of a pair begin with are computed once. The logits of a
-    whole sequence are in host memory, with 4 bytes each.
+    For P pairs, the result has shape (2, P), float64. Row 0 is for the chosen replies, row 1 for
+    the rejected replies. If both sequences of a pair begin with the same tokens, these tokens are
+    computed once. The logits of a whole sequence are in host memory, 4 bytes for each logit.
 
     Raises:
         ModelError: llama.cpp cannot load the file.
@@ -138,13 +144,13 @@ def _open(file: Path, **options: Any) -> Any:
     except ValueError as error:
         raise ModelError(
             where=str(file),
-            found=f"llama.cpp cannot load it: {error}",
+            found=f"llama.cpp cannot load the file: {error}",
             expected="a model that llama.cpp supports",
         ) from None
 
 
 def _load() -> Any:
-    """Return the module llama_cpp. Its log goes to Python's logging."""
+    """Import and return the module llama_cpp. Send its log to Python's logging."""
     import llama_cpp
 
     # The package keeps a file open until the process ends.

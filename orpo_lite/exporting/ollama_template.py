@@ -1,9 +1,10 @@
 """Convert a chat template to a template for Ollama.
 
-Ollama's templates are in Go. The chat template of a tokenizer is in Jinja. The Jinja code is not
-translated. Instead, the chat template renders conversations of placeholders, and the texts between
-the placeholders are extracted. Longer conversations are then built from these texts. If one of them
-differs from what the chat template renders, the template is refused.
+Ollama's templates are written in Go, but a tokenizer's chat template is written in Jinja. The Jinja
+code is not translated. Instead, the chat template renders conversations whose messages are
+placeholders, and the texts between the placeholders are extracted. The Go template writes these
+texts. As a check, longer conversations are built from the texts. If the chat template renders one
+of these conversations differently, the export is refused.
 """
 
 import json
@@ -17,7 +18,7 @@ Message = dict[str, str]
 # Returns the prompt of a conversation. Raises an error if the template refuses its messages.
 Render = Callable[[list[Message]], str]
 SYSTEM, USERS, ANSWER = "System-mark", ("First-mark", "Second-mark"), "Answer-mark"
-LONGEST = 4  # most questions in a conversation that is compared
+LONGEST = 4  # largest number of questions in a conversation that is compared
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Turns:
     answered: str
     """The text between an answer and the next question."""
     system: Literal["", "start", "last question"] = ""
-    """Position of the system text; "" if the template does not support one."""
+    """Position of the system text, or "" if the template does not support a system text."""
     system_head: str = ""
     """The text before a system text."""
     system_end: str = ""
-    """The text between a system text and the question after it."""
+    """The text between a system text and the next question."""
 
     def rebuild(self, messages: Sequence[Message]) -> str:
-        """Return the prompt of a conversation. The template of :meth:`to_go` builds the same."""
+        """Return a conversation's prompt. The template of :meth:`to_go` gives the same prompt."""
         system = next((turn["content"] for turn in messages if turn["role"] == "system"), "")
         text = ""
         for index, turn in enumerate(messages):
@@ -60,11 +61,11 @@ class Turns:
         return text
 
     def with_heads(self, change: Callable[[str], str]) -> "Turns":
-        """Return a copy with ``change`` applied to the texts at the start of a conversation."""
+        """Return a copy in which ``change`` is applied to ``head`` and ``system_head``."""
         return replace(self, head=change(self.head), system_head=change(self.system_head))
 
     def to_go(self) -> str:
-        """Return a Go template that renders Ollama's ``.Messages`` with these texts."""
+        """Return a Go template for Ollama that writes these texts around ``.Messages``."""
         at_start = self.system == "start"
         first = "eq $i 0" if at_start else "or (eq $i 0) (and (eq $i 1) $.System)"
         lines = [
@@ -92,23 +93,24 @@ class Turns:
 
 
 def _quoted(text: str) -> str:
-    """Return a Go action that writes a text; "" for an empty text.
+    """Return a Go action that writes a text, or "" for an empty text.
 
-    The text is quoted as JSON, because Go reads JSON escapes. A JSON string has no three quotes in
-    a row. In a Modelfile, three quotes would end the template.
+    The text is quoted as JSON, because Go reads JSON escapes. A JSON string never contains three
+    quotes in a row, which would end the template in a Modelfile.
     """
     return f"{{{{- {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
 def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
-    """Return the texts that a chat template writes, and notes on differences in Ollama.
+    """Return (turns, notes): a chat template's texts, and notes on differences in Ollama.
 
     Args:
         render: the function that renders the chat template.
-        where: the name of the template in messages.
+        where: the name of the chat template for error messages.
 
     Raises:
-        ModelError: the template fails, or the texts that it writes depend on the messages.
+        ModelError: the chat template raises an error, or :class:`Turns` cannot give the same
+            prompts.
     """
     try:
         one = render(_conversation(USERS[:1]))
@@ -121,12 +123,14 @@ def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
     turns = Turns(head=short[0], asked=long[1], answered=long[2], generate=short[1])
     different = _first_difference(turns, render, system=False)
     if different is not None:
-        found = f"writes different texts around the messages if there are {different} questions"
+        found = f"writes other texts around the messages if the number of questions is {different}"
         raise _refused(where, found)
     padded = _conversation([" a \n", "\n b "], [" c "])
     notes = []
     if render(padded) != turns.rebuild(padded):
-        notes.append("the chat template strips white space around a text; Ollama's does not")
+        notes.append(
+            "the chat template strips white space around a message; Ollama's template does not"
+        )
     thinking = _conversation(["a", "b"], ["<think>\nc\n</think>\n\nd"])
     if render(thinking) != turns.rebuild(thinking):
         notes.append(
@@ -135,12 +139,14 @@ def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
     with_system = _with_system(turns, render)
     if with_system and _first_difference(with_system, render, system=True) is None:
         return with_system, notes
-    notes.append("the chat template has no system text, so Ollama leaves system texts out")
+    notes.append(
+        "the chat template does not support system texts, so Ollama leaves system texts out"
+    )
     return turns, notes
 
 
 def _with_system(turns: Turns, render: Render) -> Turns | None:
-    """Return ``turns`` with the texts around a system text; None if it is not supported."""
+    """Return ``turns`` with the texts around a system text, or None if it is not supported."""
     try:
         short = render(_conversation(USERS[:1], system=SYSTEM))
         long = render(_conversation(USERS, [ANSWER], SYSTEM))
@@ -155,9 +161,10 @@ def _with_system(turns: Turns, render: Render) -> Turns | None:
 
 
 def _first_difference(turns: Turns, render: Render, *, system: bool) -> int | None:
-    """Compare conversations of 1, 2, ... questions that ``turns`` and ``render`` produce.
+    """Compare the prompts from ``turns`` and ``render`` for conversations of 1, 2, ... questions.
 
-    Return the number of questions of the first conversation that differs; None if none differs.
+    Return the number of questions in the first conversation whose prompts differ. Return None if
+    all prompts are the same.
     """
     for count in range(1, LONGEST + 1):
         messages = _conversation(
@@ -186,7 +193,7 @@ def _conversation(
 
 
 def _split(text: str, marks: Sequence[str]) -> list[str] | None:
-    """Return the texts around the marks; None unless each mark occurs once, in this order."""
+    """Return the texts around the marks, or None if a mark is missing, repeated or out of order."""
     pieces: list[str] = []
     for mark in marks:
         before, found, text = text.partition(mark)
@@ -198,19 +205,20 @@ def _split(text: str, marks: Sequence[str]) -> list[str] | None:
 
 
 def _refused(where: str, found: str) -> ModelError:
-    """Return the error for a template that cannot be converted."""
+    """Return the error for a template that cannot be converted. ``found`` begins with a verb."""
     return ModelError(
         where=where,
-        found=f"{found}, so it cannot be converted for Ollama",
+        found=f"cannot be converted for Ollama, because it {found}",
         expected="a template that writes the same texts around each message",
-        fix="orpo-lite export RUN --to gguf, which keeps the template",
+        fix="orpo-lite export RUN --to gguf, which keeps the chat template unchanged",
     )
 
 
 def renderer(tokenizer: Any, variables: dict[str, Any]) -> Render:
     """Return a function that renders messages with the tokenizer's chat template.
 
-    Without a template it joins the messages' texts.
+    If the tokenizer has no chat template, the function joins the texts of the messages.
+    ``variables`` are passed to the chat template.
     """
     if not tokenizer.chat_template:
         return lambda messages: "".join(turn["content"] for turn in messages)

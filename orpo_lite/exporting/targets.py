@@ -54,21 +54,21 @@ BITS = {
 NAMES_WITH_RULES = (
     r"(?i)phi-?3|modern-bert"  # llama.cpp strips spaces around tokens of these models
 )
-# Largest num_ctx (in tokens) of a Modelfile. Ollama's default is a few thousand. 128k tokens would
-# need several GB.
+# Largest num_ctx (in tokens) that a Modelfile sets. Ollama's default is a few thousand. A context
+# of 128k tokens would need several GB.
 MOST_CONTEXT = 8192
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An export on disk."""
+    """The result of an export: a folder on disk, and how to run the model in it."""
 
     folder: Path
     bytes: int
     command: str
     """The shell command that runs the exported model."""
     notes: tuple[str, ...] = ()
-    """How the export differs from the merged model in transformers, one line each."""
+    """Differences between the export and the merged model in transformers, one line each."""
 
 
 Exporting = Generator[Update, None, ExportResult]
@@ -92,7 +92,7 @@ class _Request:
 def export(
     run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
 ) -> ExportResult:
-    """Export a run as :func:`export_events` does, without updates, and return the result."""
+    """Export a run and return the result. Arguments and errors: see :func:`export_events`."""
     return run_to_end(
         export_events(run_folder, to, outtype=outtype, weights=weights), lambda _: None
     )
@@ -102,18 +102,18 @@ def export(
 def export_events(
     run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
 ) -> Exporting:
-    """Yield updates; finally return the export, a folder in ``RUN/export``.
+    """Export a run to a folder in ``RUN/export``: yield updates; finally return the result.
 
     The folder is written completely or not at all.
 
     Args:
         run_folder: the folder of a finished run.
-        to: the target. gguf writes ``RUN/merged`` as one GGUF file. ollama writes a GGUF file and a
-            Modelfile. vllm writes a command that serves the adapter.
+        to: the target. "gguf" writes the merged model as one GGUF file. "ollama" writes a GGUF file
+            and a Modelfile. "vllm" writes a command that serves the base with the adapter.
         outtype: the type of the matrices in the GGUF file: f32, f16, bf16, q8_0, or a type of
-            llama.cpp's quantiser (``QUANTISED``). None: the type of the merged model.
-        weights: the merged model to export. original is ``RUN/merged``, dequantized is
-            ``RUN/merged-dequantized``.
+            llama.cpp's quantiser (``QUANTISED``). None: the type of the merged model's matrices.
+        weights: the merged model to export. "original" is the model in ``RUN/merged``,
+            "dequantized" the model in ``RUN/merged-dequantized``.
 
     Raises:
         RecipeError: ``to`` or ``outtype`` is unknown.
@@ -125,7 +125,7 @@ def export_events(
     if to not in TARGETS:
         raise RecipeError(
             where="--to",
-            found=f"{to!r}",
+            found=f"{to!r} is not a target",
             expected=f"one of {', '.join(TARGETS)}",
             fix=Command(f"orpo-lite export {quoted(path)} --to gguf"),
         )
@@ -147,7 +147,7 @@ def export_events(
 
 
 def to_gguf(request: _Request) -> Exporting:
-    """Write a GGUF file for llama.cpp, with weights, tokenizer and chat template."""
+    """Write a GGUF file for llama.cpp. It holds weights, tokenizer and chat template."""
     outtype = request.outtype or _stored_type(request)
     folder = request.folder("gguf", outtype)
     with new_folder(folder) as temporary, _replaced_in_errors(temporary, folder):
@@ -158,7 +158,10 @@ def to_gguf(request: _Request) -> Exporting:
 
 
 def to_ollama(request: _Request) -> Exporting:
-    """Write a GGUF file and a Modelfile with template, stop tokens, context size and sampling."""
+    """Write a GGUF file and a Modelfile for Ollama.
+
+    The Modelfile sets the template, the stop tokens, the context size and the sampling parameters.
+    """
     outtype = request.outtype or _stored_type(request)
     folder = request.folder("ollama", request.outtype or "")
     tokenizer = load_tokenizer(request.merged)
@@ -201,8 +204,11 @@ def to_ollama(request: _Request) -> Exporting:
 
 
 def to_vllm(request: _Request) -> Exporting:
-    """Write a vLLM command that serves the base with the adapter. The adapter is not copied."""
-    yield Update("stage", "writing the command")
+    """Write a vLLM command that serves the base with the adapter. No weights are copied.
+
+    If vLLM does not support the adapter, the command serves the merged model instead.
+    """
+    yield Update("stage", "writing the vLLM command")
     lock = read_lock(request.path)
     adapter = request.path.resolve() / "adapter"
     config = read_json(adapter / "adapter_config.json")
@@ -217,8 +223,8 @@ def to_vllm(request: _Request) -> Exporting:
         parts = ["vllm", "serve", base["name"]]
         if not base["revision"] and not Path(base["name"]).is_dir():
             notes.append(
-                f"{base['name']} does not exist any more: replace it in the command by the folder "
-                "of the base"
+                f"the base's folder {base['name']} does not exist any more: write the base's new "
+                "folder into the command"
             )
         if base["revision"]:
             parts += ["--revision", base["revision"]]
@@ -246,7 +252,7 @@ TARGETS: dict[str, Callable[[_Request], Exporting]] = {
 
 
 def _stored_type(request: _Request) -> str:
-    """Return the type of the merged model's matrices: f16, bf16, f32; if mixed, the widest."""
+    """Return the type of the merged model's matrices, or the widest type if there are several."""
     find_merged(request.path, request.weights)
     tensors = _tensors(request.merged).values()
     dtypes = {tensor.dtype for tensor in tensors if len(tensor.shape) == 2}
@@ -254,21 +260,21 @@ def _stored_type(request: _Request) -> str:
 
 
 def _tensors(folder: Path) -> dict[str, Stored]:
-    """Return the merged model's tensors. Raise :class:`ModelError` for an unsupported type."""
+    """Return a model's tensors by name. Raise :class:`ModelError` for an unsupported type."""
     tensors = stored_tensors(folder)
     for tensor in tensors.values():
         if tensor.dtype not in STORED:
             raise ModelError(
                 where=str(tensor.file),
-                found=f"{tensor.name} has type {tensor.dtype}",
-                expected="16-bit or 32-bit weights",
+                found=f"the tensor {tensor.name} has the type {tensor.dtype}",
+                expected="float16, bfloat16 or float32",
             )
     return tensors
 
 
 @contextmanager
 def _replaced_in_errors(placeholder: str | Path, actual: str | Path) -> Generator[None]:
-    """In errors and their fixes, replace a placeholder or temporary path by the actual path."""
+    """In an error's place and fix, replace a placeholder or temporary path by the actual path."""
     try:
         yield
     except OrpoLiteError as error:
@@ -281,7 +287,7 @@ def _replaced_in_errors(placeholder: str | Path, actual: str | Path) -> Generato
 def _write_model(
     request: _Request, file: Path, outtype: str
 ) -> Generator[Update, None, tuple[list[str], dict[str, Any]]]:
-    """Write a GGUF file and yield updates; finally return notes on differences, and its keys."""
+    """Write a GGUF file: yield updates; finally return (notes on differences, GGUF keys)."""
     where = f"model {request.merged}"
     find_merged(request.path, request.weights)
     if importlib.util.find_spec("gguf") is None:
@@ -301,7 +307,7 @@ def _write_model(
         raise ModelError(
             where=f"tokenizer in {request.merged}",
             found="is not a fast tokenizer",
-            expected="a fast tokenizer, with a tokenizer.json",
+            expected="a fast tokenizer, which has a tokenizer.json",
         )
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     about, notes = describe_tokenizer(
@@ -318,19 +324,19 @@ def _write_model(
     check_disk(request.path, int(numbers * bits / 8), f"exporting {request.path}")
     full = file if first == outtype else file.with_name("full.gguf")
     for done, steps in write_gguf(full, made, keys, targets, first):
-        yield Update("stage", f"writing {first} tensors", done, steps)
+        yield Update("stage", f"writing the tensors as {first}", done, steps)
     if full != file:
         yield Update("stage", f"quantising to {outtype}")
         quantise(full, file, outtype)
         full.unlink()
     if is_installed():
-        yield Update("stage", "comparing tokens with those of llama.cpp")
+        yield Update("stage", "comparing the tokens from llama.cpp and transformers")
         check_tokens(file, tokenizer, probes, _lead(keys))
     return [*made.notes, *notes], keys
 
 
 def _ends(request: _Request, tokenizer: Any) -> list[int]:
-    """Return the ids of the tokens that end an answer, the chat template's end token first."""
+    """Return the ids of the tokens that end an answer. The chat template's end token is first."""
     ends = _generation_config(request).get("eos_token_id")
     ends = [
         read_lock(request.path).get("end_token_id"),
@@ -349,31 +355,31 @@ def _sampling(request: _Request) -> dict[str, float]:
 
 
 def _generation_config(request: _Request) -> dict[str, Any]:
-    """Return the run's generation config; {} if it cannot be read."""
+    """Return the run's generation config, or {} if it cannot be read."""
     return read_generation_config(request.path / "adapter")[0]
 
 
 def _lead(keys: dict[str, Any]) -> str:
-    """Return " " if the chat template in the file begins with an added space, else ""."""
+    """Return " " if the exported chat template begins with an added space, else ""."""
     return " " if str(keys.get("tokenizer.chat_template")).startswith(SPACE) else ""
 
 
 def _probes(tokenizer: Any, render: Render, where: str) -> list[str]:
     """Return the texts whose tokens are compared: questions rendered by the chat template.
 
-    Tokens of texts without the template may differ.
+    Without the chat template, llama.cpp and transformers may tokenise a text differently.
     """
     if not tokenizer.chat_template:
-        # Some tokenizers add a space at the start only if the text begins with none.
+        # Some tokenizers add a space only to a text that does not begin with a space.
         return [text.lstrip() for text in PROBES]
     try:
         return [render([{"role": "user", "content": text}]) for text in PROBES]
     except Exception as error:  # a template can raise anything
         raise ModelError(
             where=where,
-            found=f"fails on a question: {type(error).__name__}: {error}",
-            expected="a template that accepts a message of the user",
-            fix="orpo-lite merge RUN writes the merged model again",
+            found=f"cannot render a question: {type(error).__name__}: {error}",
+            expected="a chat template that can render a user message",
+            fix="run orpo-lite merge RUN to write the merged model again",
         ) from None
 
 

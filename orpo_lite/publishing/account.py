@@ -1,4 +1,4 @@
-"""Check the account on the hub, and whether it may write to a repository or create it."""
+"""Check that the account on the hub may create a repository or write to it."""
 
 import re
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ ROLES = ("write", "contributor", "admin")  # roles in an organisation that may w
 
 
 class WrongTargetError(HubError):
-    """The repository cannot be used as requested. ``instead`` is one that could be used.
+    """The owner or the visibility of the requested repository is wrong.
 
-    ``is_private`` is the visibility of the repository ``instead``.
+    ``instead`` and ``is_private`` are a name and a visibility to use instead.
     """
 
     def __init__(self, *, instead: str, is_private: bool, **message: str) -> None:
@@ -28,7 +28,7 @@ class Target:
     """A repository on the hub that the account may write to or create."""
 
     repository: str
-    """owner/name"""
+    """The full name, such as "me/model"."""
     is_private: bool
     exists: bool
 
@@ -39,32 +39,34 @@ class Target:
 
 
 def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
-    """Ask the hub whether the account may write to a repository or create it. Nothing is changed.
+    """Ask the hub whether the account may create a repository or write to it. Change nothing.
 
     Args:
         repository: owner/name, or only a name. Without owner, the account is the owner.
-        is_private: the visibility of a new repository. An existing repository must have it already.
+        is_private: True for a private repository. An existing repository must have this visibility
+            already.
 
     Raises:
         HubError: the hub cannot be reached, or there is no token with write access.
-        WrongTargetError: the repository has another owner or visibility.
+        WrongTargetError: the account may not use this owner, or the repository exists and has
+            another visibility.
     """
     where = f"hub, {repository}"
     if constants.is_offline_mode():
-        found, expected = "cannot be reached: HF_HUB_OFFLINE is set", "a connection"
+        found, expected = "cannot be reached: HF_HUB_OFFLINE is set", "a connection to the hub"
         raise HubError(
             where=where,
             found=found,
             expected=expected,
-            fix="unset HF_HUB_OFFLINE (TRANSFORMERS_OFFLINE sets it too)",
+            fix="unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, which has the same effect",
         )
     if not re.match("https?://.", constants.ENDPOINT):
-        found, expected = f"{constants.ENDPOINT!r} is not a URL", "https:// and a host"
+        found, expected = f"{constants.ENDPOINT!r} is not a URL", "https:// followed by a host name"
         raise HubError(
             where="HF_ENDPOINT",
             found=found,
             expected=expected,
-            fix=f"HF_ENDPOINT=https://{constants.ENDPOINT}, or unset it",
+            fix=f"set HF_ENDPOINT=https://{constants.ENDPOINT}, or unset HF_ENDPOINT",
         )
     token = own_token(where)
     if token is None:
@@ -79,7 +81,7 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
         raise HubError(
             where=where,
             found=found,
-            expected="a token as the hub shows it; it begins with hf_",
+            expected="a token that is copied from the hub and begins with hf_",
             fix=LOGIN,
         )
     with with_timeouts():
@@ -87,7 +89,7 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
 
 
 def find_target(repository: str, is_private: bool) -> Attempt[Target]:
-    """Do the same as :func:`check_target`, but do not check that there is a token."""
+    """Do the same as :func:`check_target`, but do not check HF_ENDPOINT, offline mode and token."""
     where = f"hub, {repository}"
     account = yield from retry(where, "reading the account", _whoami)
     repository = repository if "/" in repository else f"{account.name}/{repository}"
@@ -106,17 +108,17 @@ def find_target(repository: str, is_private: bool) -> Attempt[Target]:
         return Target(repository, is_private, exists=False)
     if found != is_private:
         actual, requested = ("private", "public") if found else ("public", "private")
-        fix = "leave --public out"
+        fix = "leave --public out (in a recipe: output.hub_private_repo=true)"
         if requested == "private":
-            fix = "--public (output.hub_private_repo=false)"
+            fix = "add --public (in a recipe: output.hub_private_repo=false)"
         fix += (
             f"; or change the visibility at {constants.ENDPOINT}/{repository}/settings; "
             "or use another name"
         )
         raise WrongTargetError(
             where=where,
-            found=f"is already {actual}",
-            expected=f"a {requested} repository, as requested; a push does not change that",
+            found=f"exists and is already {actual}",
+            expected=f"a {requested} repository; a push does not change the visibility",
             fix=fix,
             instead=repository,
             is_private=found,
@@ -162,8 +164,10 @@ class _Account(BaseModel):
 def find_account() -> Attempt[tuple[str, str]]:
     """Return (account, role): the name of the token's account, and the role of the token.
 
-    The role is "read", "write" or "fineGrained", or "" if the hub does not report it. Raises the
-    same errors as :func:`check_target`.
+    The role is "read", "write" or "fineGrained", or "" if the hub does not report it.
+
+    Raises:
+        HubError: the hub cannot be reached, or it does not accept the token.
     """
     with with_timeouts():
         account = yield from retry("hub", "reading the account", _whoami)
@@ -182,31 +186,31 @@ def _whoami() -> _Account:
 def _check_write_access(
     where: str, repository: str, account: _Account, *, is_private: bool
 ) -> None:
-    """Raise :class:`HubError` if the account or the token has no write access to a repository."""
+    """Raise :class:`HubError` if the account or its token has no write access to a repository."""
     owner, _, name = repository.partition("/")
     roles = {org.name.lower(): org.role for org in account.orgs}
     if owner.lower() not in (account.name.lower(), *roles):
         owners = ", ".join([account.name, *(org.name for org in account.orgs)])
-        found = f"{owner} is neither your account ({account.name}) nor your organisation"
+        found = f"{owner} is neither your account ({account.name}) nor one of your organisations"
         mine = f"{account.name}/{name}"
         raise WrongTargetError(
             where=where,
             found=found,
             expected=f"one of these owners: {owners}",
-            fix=mine,
+            fix=f"use the name {mine}",
             instead=mine,
             is_private=is_private,
         )
     role = roles.get(owner.lower())
     if owner.lower() != account.name.lower() and role not in ROLES:
-        found = f"your role at {owner} is {role}"
+        found = f"your role at {owner} is {role or 'not known'}"
         if role == "read":
             found = f"you have only read access at {owner}"
         raise HubError(
             where=where,
             found=found,
-            expected="the role contributor or higher",
-            fix="ask an admin",
+            expected=f"one of these roles: {', '.join(ROLES)}",
+            fix=f"ask an admin of {owner} for one of these roles",
         )
     token = account.auth.token if account.auth else None
     token = token or _Token()

@@ -59,20 +59,20 @@ MEASURED: ValueTypes = {"model": str, **dict.fromkeys(("accuracy", "margin", "ch
 
 @dataclass(frozen=True)
 class CardOptions:
-    """The options of a model card: its repository, its model, and what it shows."""
+    """The options of a model card: the repository, the pushed weights, licences and samples."""
 
     repository: str = PLACEHOLDER
     merged: Weights | None = None
     """The weights that the adapter was merged into. None: the card is for the adapter."""
     licences: Mapping[str, Any] | None = None
-    """The licences of base and data. None: those in lock.json."""
+    """The licences of base and data. None: use the licences in lock.json."""
     samples: int = 0
-    """Number of held-out prompts to show with answers. 0: show the neutral prompts instead."""
+    """Number of held-out prompts that the card shows with answers. 0: it shows neutral prompts."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts of a run that its model card shows."""
+    """The facts about a run that its model card shows."""
 
     recipe: Recipe
     lock: Mapping[str, Any]
@@ -87,14 +87,14 @@ class Facts:
     adapter: Mapping[str, Any]
     """The peft configuration of the adapter."""
     samples: Sequence[Sample]
-    """The prompts of the run with their answers."""
+    """The sample prompts of the run, with their answers."""
     objective: Mapping[str, Any]
     """The loss, as :meth:`orpo_lite.objectives.objective.Objective.to_json` describes it."""
     options: CardOptions
     start: Mapping[str, Any]
-    """``section.key``, or ``versions.NAME`` of a package -> value at the first step."""
+    """``section.key`` or ``versions.PACKAGE`` -> its value at the first step."""
     changes: Sequence[Change]
-    """The values that changed during the training. Each change affected at least one step."""
+    """The changes of values during the training. Each change affected at least one step."""
 
     @classmethod
     def read(cls, path: Path, options: CardOptions) -> "Facts":
@@ -134,7 +134,7 @@ class Facts:
         )
 
     def over_time(self, key: str) -> str:
-        """Return a value as text. If it changed, return "1e-4, then 5e-5 after step 100"."""
+        """Return the values of a key during the training: "1e-4, then 5e-5 after step 100"."""
         values = {0: self.start[key]}
         for change in self.changes:
             if change.key == key:
@@ -147,7 +147,7 @@ class Facts:
 
     @property
     def terms(self) -> list[Terms]:
-        """Return the terms of the base's licences."""
+        """Return what the base's licences require of a published derivative."""
         return find_terms(self.licence)
 
     @property
@@ -157,7 +157,7 @@ class Facts:
 
     @property
     def base(self) -> str:
-        """Return a description of the base for use in a sentence."""
+        """Return a description of the base, for a sentence in the card."""
         if self.is_hub_base:
             name, revision = self.lock["base"]["name"], self.lock["base"]["revision"]
             return f"[{name}](https://huggingface.co/{name}) at revision `{revision}`"
@@ -167,19 +167,19 @@ class Facts:
 
     @property
     def base_name(self) -> str:
-        """Return the name of the base for use in a command, or "BASE" if it is not on the hub."""
+        """Return the base's name for a command in the card, or "BASE" if it is not on the hub."""
         return self.lock["base"]["name"] if self.is_hub_base else "BASE"
 
     @property
     def datasets(self) -> list[str]:
-        """Return the names of those datasets of the run that are on the hub."""
+        """Return the names of the run's datasets that are on the hub."""
         return [name for name in self.recipe.data.names if is_hub_name(name)]
 
     @property
     def evaluations(self) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
         """Return (before, after): the held-out metrics at step 0 and at the kept step.
 
-        If one of them is missing, return None.
+        Return None if one of the two evaluations is missing.
         """
         rows = {row["step"]: row for row in self.metrics if row.get("eval_loss") is not None}
         if 0 not in rows or self.kept_step not in rows:
@@ -188,9 +188,9 @@ class Facts:
 
 
 def read_objective(recipe: Recipe, lock: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the description of the loss in lock.json.
+    """Return the description of the loss that lock.json contains.
 
-    Older versions did not record it. For their runs, it is made from the recipe.
+    Older versions did not write this description. For their runs, it is made from the recipe.
     """
     if "objective" in lock:
         check_values(lock, {"objective": dict}, "lock.json")
@@ -218,7 +218,7 @@ def _steps(
 ) -> tuple[int | None, int | None]:
     """Return (steps, kept_step): the number of steps, and the step of the kept adapter.
 
-    If there is no result.json, both are found from the metrics.
+    If there is no result.json, both numbers are derived from the metrics.
     """
     if (path / RESULT).is_file():
         result = read_json(path / RESULT, {"steps": int, "kept_step": int})
@@ -245,7 +245,7 @@ def _read_verification(path: Path, weights: Weights) -> Mapping[str, Any]:
 
 
 def make_metadata(facts: Facts) -> ModelCardData:
-    """Return the metadata of the model card, from the facts of the run."""
+    """Return the metadata of the model card for the facts of a run."""
     options, results = facts.options, _eval_results(facts)
     tags = [facts.recipe.loss.type, "preference-tuning", "orpo-lite"]
     if not options.merged:
@@ -270,10 +270,10 @@ def make_metadata(facts: Facts) -> ModelCardData:
 
 
 def licence_metadata(facts: Facts) -> dict[str, Any]:
-    """Return the licence entries of the base's card, for the metadata of our card.
+    """Return the licence entries of the base's card, changed for the metadata of our card.
 
-    If ``license_link`` is relative, it becomes a URL. If it leads out of the repository, it is
-    removed.
+    A relative ``license_link`` becomes a URL if the base is on the hub, else a file name. A link
+    that leads out of the repository is removed.
     """
     found = dict(facts.licence)
     link = found.get("license_link", "")
@@ -295,7 +295,8 @@ def licence_metadata(facts: Facts) -> dict[str, Any]:
 def _eval_results(facts: Facts) -> list[EvalResult]:
     """Return the held-out results for the metadata.
 
-    The hub accepts results only for a dataset on the hub. If the run has other data, return [].
+    The hub accepts results only for a dataset on the hub. So the result is [] if the run has
+    several datasets, a local dataset or a local test file.
     """
     is_one_dataset = len(facts.datasets) == len(facts.recipe.data.names) == 1
     has_local_test = is_path(facts.recipe.data.dataset_test_split or "")

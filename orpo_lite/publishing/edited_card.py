@@ -1,4 +1,4 @@
-"""Detect that a person has edited the model card, and complete the metadata of such a card."""
+"""Detect whether a person has edited the model card, and complete an edited card for a push."""
 
 import hashlib
 import re
@@ -27,12 +27,15 @@ INVISIBLE = re.compile(
 
 
 def seal(text: str) -> str:
-    """Return the text with a comment that holds its hash, so that a later edit is detected."""
+    """Return the text with a comment at the end. The comment holds the hash of the text.
+
+    If a person edits the text later, the hash does not match any more.
+    """
     return f"{text}\n<!-- orpo-lite card {hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
 def is_unedited(card: str) -> bool:
-    """Return True if a card is unchanged since it was written. An edited card keeps its text."""
+    """Return True if the hash in a card's comment matches its text, so that nobody edited it."""
     found = SEAL.search(card)
     return found is not None and seal(card[: found.start()]) == card
 
@@ -41,15 +44,15 @@ def read_edited_card(path: Path) -> str:
     """Return the text of README.md in a run folder if a person has edited it, else "".
 
     Raises:
-        CheckpointError: README.md cannot be read or is a link.
+        CheckpointError: README.md cannot be read, or it is a symbolic link.
     """
-    file, fix = path / "README.md", "or remove it, so that a new card is written"
+    file, fix = path / "README.md", "or remove the file, so that a new card is written"
     if file.is_symlink():
         raise CheckpointError(
             where=str(file),
-            found="is a link",
-            expected="a file, because links are not followed",
-            fix=f"replace it by a copy, {fix}",
+            found="is a symbolic link",
+            expected="a regular file, because symbolic links are not followed",
+            fix=f"replace the link by a copy of the file, {fix}",
         )
     try:
         card = file.read_bytes().decode("utf-8-sig") if file.is_file() else ""
@@ -58,7 +61,7 @@ def read_edited_card(path: Path) -> str:
             where=str(file),
             found=f"cannot be read ({error})",
             expected="UTF-8",
-            fix=f"save it in UTF-8, {fix}",
+            fix=f"save the file in UTF-8, {fix}",
         ) from error
     return "" if is_unedited(card.replace("\r\n", "\n")) else card
 
@@ -66,22 +69,24 @@ def read_edited_card(path: Path) -> str:
 def loads_adapter(card: str) -> bool:
     """Return True if an edited card explains how to load an adapter.
 
-    For a merged model, such a card would be wrong.
+    Such a card would be wrong for a merged model, which is loaded without an adapter.
     """
     return not is_unedited(card) and re.search(r"PeftModel|--enable-lora", card) is not None
 
 
 def complete_card(path: Path, own: str, options: CardOptions) -> str:
-    """Return an edited card for a push: its text is kept, and its metadata are completed.
+    """Return an edited card for a push. Its metadata are completed.
+
+    In the text, only the placeholder OWNER/NAME is replaced by the name of the repository.
 
     Args:
         path: the run folder.
-        own: the edited card.
+        own: the content of the edited card.
         options: the options of the push.
 
     Raises:
-        CheckpointError: the metadata are not valid YAML, or the card lacks a text that the base's
-            licence requires.
+        CheckpointError: the metadata are missing or cannot be completed, or the card lacks a text
+            that the base's licence requires.
     """
     facts, where = Facts.read(path, options), str(path / "README.md")
     own = SEAL.sub("", own)
@@ -90,7 +95,7 @@ def complete_card(path: Path, own: str, options: CardOptions) -> str:
         raise CheckpointError(
             where=where,
             found="does not begin with metadata",
-            expected="metadata in YAML between two lines that consist of ---",
+            expected="metadata in YAML at the start of the file, between two lines ---",
             fix="add the metadata, or remove the file, so that a new card is written",
         )
     made: dict[str, Any] = make_metadata(facts).to_dict()  # type: ignore[no-untyped-call]
@@ -135,7 +140,7 @@ def _with_entries(
             where=where,
             found="its metadata cannot be completed",
             expected="YAML with one key per line",
-            fix=f"add to the metadata: {lines}",
+            fix=f"add these entries to the metadata: {lines}",
         )
     return after, new
 
@@ -158,7 +163,10 @@ def _read_metadata(text: str, where: str) -> tuple[dict[str, Any], yaml.MappingN
         if len(data) == len(node.value):
             return data, node
     raise CheckpointError(
-        where=where, found="its metadata have another form", expected=expected, fix=fix
+        where=where,
+        found="its metadata do not have the expected form",
+        expected=expected,
+        fix=fix,
     )
 
 
@@ -199,25 +207,26 @@ def _check_terms(
         known = facts.licence.get(key), written.get(key)
         if given.get(key) not in known:
             expected = f"{key}: {known[1]}" if known[1] else f"no {key}"
+            actual = f"{key}: {given[key]}" if key in given else f"no {key}"
             raise CheckpointError(
                 where=where,
-                found=f"{key}: {given[key]}" if key in given else f"has no {key}",
+                found=f"its metadata have {actual}",
                 expected=f"{expected}, as in the base's card: “{terms.notice}”",
             )
     names = data.get("base_model", [])
     if facts.is_hub_base and base not in (names if isinstance(names, list) else [names]):
-        rule = f"base_model: {base}, because it is under the {terms.title}"
+        rule = f"base_model: {base}, because the base is under the {terms.title}"
         raise CheckpointError(
             where=where,
-            found="does not name its base",
+            found="its metadata do not name the base model",
             expected=rule,
-            fix="add the line to the metadata",
+            fix=f"add the line base_model: {base} to the metadata",
         )
     if terms.built_with not in body:
-        rule = f"“prominently display “{terms.built_with}”” ({terms.title}, 1.b.i)"
+        rule = f"“prominently display “{terms.built_with}”” ({terms.title}, section 1.b.i)"
         raise CheckpointError(
             where=where,
-            found=f"does not contain “{terms.built_with}”",
+            found=f"does not contain the visible text “{terms.built_with}”",
             expected=rule,
             fix="add this text to the card",
         )

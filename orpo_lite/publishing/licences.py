@@ -1,6 +1,6 @@
-"""Read licences from the cards of base and datasets, and check what they require for publishing.
+"""Read the licences of base and datasets from their cards, and apply their rules for publishing.
 
-A licence is never assumed. If a card on the hub names no licence, our card names none either.
+A licence is never guessed. If the base's card names no licence, our model card names none either.
 """
 
 import os
@@ -51,15 +51,18 @@ COPY = "provide a copy of this Agreement"
 
 @dataclass(frozen=True)
 class Terms:
-    """What a community licence requires of a published derivative. Texts are quoted from it."""
+    """The requirements of a community licence for a published derivative.
+
+    The texts are quoted from the licence.
+    """
 
     title: str
     notice: str
     """The text that the file NOTICE must contain."""
     built_with: str = ""
-    """A text that the card must display, or ""."""
+    """The text that the card must display, or "" if none is required."""
     prefix: str = ""
-    """The text with which the derivative's name must begin, or ""."""
+    """The text with which the derivative's name must begin, or "" if none is required."""
     copy: bool = True
     """True if a copy of the agreement must be included."""
 
@@ -98,22 +101,22 @@ TERMS: dict[str, Terms] = {
 
 
 def licence_names(licence: Mapping[str, Any]) -> list[str]:
-    """Return the names of all licences in ``license`` and ``license_name`` of a card."""
+    """Return all licence names in the entries ``license`` and ``license_name`` of a card."""
     found = licence.get("license", [])
     texts = [*(found if isinstance(found, list) else [found]), licence.get("license_name", "")]
     return [str(text) for text in texts if text]
 
 
 def licence_text(licence: Mapping[str, Any]) -> str:
-    """Return the licences of a card as one text, or "" if the card names none."""
+    """Return a card's licence names as one text, such as "mit, gemma", or "" if it has none."""
     names = licence_names(licence)
     return ", ".join([name for name in names if name.lower() != "other"] or names)
 
 
 def find_terms(licence: Mapping[str, Any]) -> list[Terms]:
-    """Return the requirements of the base's licences. A licence without requirements is left out.
+    """Return what the base's licences require. Only Llama's and Gemma's licences are known.
 
-    ``licence`` holds the licence entries of the base's card.
+    ``licence`` holds the licence entries of the base's card. Other licences are left out.
     """
     found: list[Terms] = []
     for text in map(str.lower, licence_names(licence)):
@@ -138,7 +141,7 @@ def refuse_name(repository: str, licence: Mapping[str, Any], where: str) -> None
     Args:
         repository: owner/name.
         licence: the licence entries of the base's card.
-        where: the place of the name, for the message.
+        where: the place where a person wrote the name, for the error message.
     """
     name = repository.rpartition("/")[2]
     flat = re.sub(r"[-_ .]", "", name)
@@ -158,9 +161,9 @@ def refuse_name(repository: str, licence: Mapping[str, Any], where: str) -> None
     ]
     raise RecipeError(
         where=where,
-        found=f"{repository}; its base is under the {terms.title}",
-        expected=f"“{rule}” (1.b.i)",
-        fix=f"a name such as {longest.rstrip('-_.').removesuffix('.git')}",
+        found=f"the name is {repository}, and the base is under the {terms.title}",
+        expected=f"“{rule}” (section 1.b.i of the licence)",
+        fix=f"use a name such as {longest.rstrip('-_.').removesuffix('.git')}",
     )
 
 
@@ -176,10 +179,10 @@ def find_license_files(
     Args:
         licence: the licence entries of the base's card.
         base: the hub name of the base, or its folder.
-        revision: the commit of the base on the hub, or None for a folder.
+        revision: the commit of the base on the hub, or None for a local folder.
         folder: the folder of the base.
-        own_folders: folders where a person may have put such files. They take precedence over the
-            files of the base.
+        own_folders: folders where a person may have put licence files. These files take precedence
+            over the files of the base.
 
     Returns:
         File name -> path or content.
@@ -201,8 +204,8 @@ def find_license_files(
             if not agreement:
                 raise ModelError(
                     where=f"model {base}",
-                    found="there is no file LICENSE with its text next to the weights",
-                    expected=f"“{COPY}” ({terms.title}, 1.b.i)",
+                    found="has no file LICENSE that contains the text of the licence",
+                    expected=f"a copy of the licence: “{COPY}” ({terms.title}, section 1.b.i)",
                     fix=f"put the file LICENSE into {[*folders, folder][0]}",
                 )
             name = next(name for name in LICENSE_FILES if name not in files)
@@ -223,7 +226,7 @@ def _add_notice(files: dict[str, bytes | Path], terms: Terms) -> None:
 def _license_files(folders: Sequence[Path]) -> dict[str, bytes | Path]:
     """Return name -> path of the licence and notice files in some folders.
 
-    If several folders have a file of the same name, the first folder takes precedence.
+    If several folders have a file of the same name, the file in the first of them is used.
     """
     files: dict[str, bytes | Path] = {}
     for file in (folder / name for folder in folders for name in LICENSE_FILES):
@@ -248,18 +251,18 @@ def _is_inside(file: Path) -> bool:
 
 
 def read_text(file: bytes | Path) -> str:
-    """Return the text of a file. ``file`` is its path or its content."""
+    """Return the text of a file. ``file`` is the path or the content of the file."""
     content = file if isinstance(file, bytes) else file.read_bytes()
     return content.decode("utf-8", "replace")
 
 
 def _flat(text: str) -> str:
-    """Return a text in lower case and with single spaces, to compare it with another."""
+    """Return a text in lower case and with single spaces, so that texts can be compared."""
     return " ".join(text.replace("©", "(c)").split()).lower()
 
 
 def is_non_commercial(licence: str) -> bool:
-    """Return True if a licence forbids commercial use. An example is cc-by-nc-4.0."""
+    """Return True if a licence, such as cc-by-nc-4.0, forbids commercial use."""
     return bool(NON_COMMERCIAL.search("-".join(re.findall("[a-z0-9]+", licence.lower()))))
 
 
@@ -271,17 +274,17 @@ def fetch_license_files(
     repo_type: str = "model",
     cached: bool = True,
 ) -> Path | None:
-    """Return the folder with the card and licence files of a repository, or None if there is none.
+    """Download the card and the licence files of a repository, and return their folder.
 
-    If the card is in the cache, the hub is not asked. An unreachable hub is not an error, because
-    only the content of our card depends on the answer.
+    If the card is in the cache, the hub is not asked. Return None if there is no card or the hub
+    cannot be reached.
 
     Args:
         name: the name of the repository.
-        revision: its commit, or None for the newest.
-        folder: the folder of a local base, which is returned unchanged, or None.
+        revision: the commit of the repository, or None for the newest commit.
+        folder: the folder of a local base, or None. If it is given, it is returned at once.
         repo_type: "model" or "dataset".
-        cached: with False, the hub is always asked.
+        cached: True: use files in the cache. False: always ask the hub.
     """
     if folder is not None:
         return folder
@@ -304,7 +307,7 @@ def fetch_license_files(
 
 
 def read_card(folder: Path | None) -> dict[str, Any]:
-    """Return the metadata in README.md of a folder, or {} if they are missing or unreadable."""
+    """Return the metadata in a folder's README.md, or {} if they are missing or unreadable."""
     if folder is None or not (folder / "README.md").is_file():
         return {}
     return split_card((folder / "README.md").read_bytes()[:MAX_BYTES].decode("utf-8", "replace"))[0]
@@ -342,14 +345,14 @@ def read_licences(
     names: Sequence[str],
     known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the licences in the cards of base and datasets, in the form of lock.json.
+    """Return the licences in the cards of base and datasets, as lock.json stores them.
 
     Args:
         base: the hub name of the base, or its folder.
-        revision: the commit of the base on the hub, or None for a folder.
+        revision: the commit of the base on the hub, or None for a local folder.
         folder: the folder of the base.
         names: the names of the datasets in the recipe.
-        known: licences that were read earlier. They are not read again.
+        known: licences that were read earlier. These licences are not read again.
     """
     known = known or {}
     of_base = known.get("base")
@@ -366,14 +369,14 @@ def read_licences(
 
 
 def is_hub_name(name: str) -> bool:
-    """Return True if the name of a dataset is a hub name, not a path or a built-in dataset."""
+    """Return True if a dataset's name is a hub name, and not a path or a "builtin:" name."""
     return not is_path(name) and not name.startswith("builtin:")
 
 
 def licence_of(card: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries license, license_name and license_link of a card.
 
-    A value is a text. If there are several licences, ``license`` is a list of texts.
+    Each value is a text. Exception: if there are several licences, ``license`` is a list of texts.
     """
     found: dict[str, Any] = {}
     for key in KEYS:
@@ -388,7 +391,7 @@ def licence_of(card: Mapping[str, Any]) -> dict[str, Any]:
 def _to_line(value: object) -> str:
     """Return a value of a card as one line of text.
 
-    If it is an access token, a local path or neither text nor number, return "".
+    Return "" if the value contains an access token, is a local path, or is neither text nor number.
     """
     if not isinstance(value, str | int | float):
         return ""
@@ -398,7 +401,7 @@ def _to_line(value: object) -> str:
 
 
 def leads_out(link: str) -> bool:
-    """Return True if a relative link leads out of its folder."""
+    """Return True if a relative link, such as ``../LICENSE``, leads out of its folder."""
     return ".." in re.split(r"[/\\]", unquote(link))
 
 

@@ -1,7 +1,7 @@
 """Write the model card (README.md) of a finished run.
 
-The card contains no paths, no names of local data and no access tokens. It quotes texts of the data
-only if held-out samples are requested.
+The card contains no paths, no names of local data and no access tokens. It quotes texts from the
+data only if a person requests held-out samples.
 """
 
 import re
@@ -53,7 +53,7 @@ def make_card(path: Path, options: CardOptions | None = None) -> str:
     """Return the content of README.md for a finished run: metadata in YAML, then Markdown.
 
     Raises:
-        CheckpointError: the run is not finished.
+        CheckpointError: the run is not finished, or a file of the run is damaged.
     """
     facts = Facts.read(path, options or CardOptions())
     metadata = make_metadata(facts)
@@ -73,7 +73,7 @@ def make_card(path: Path, options: CardOptions | None = None) -> str:
 
 
 def write_card(path: Path) -> None:
-    """Write README.md of a finished run. If a person has edited it, keep it."""
+    """Write README.md for a finished run. Do nothing if a person has edited the file."""
     if not read_edited_card(path):
         write_text(path / "README.md", make_card(path))
 

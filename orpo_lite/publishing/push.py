@@ -1,4 +1,8 @@
-"""Push a run's adapter or merged model with its card to the hub. Only listed files are pushed."""
+"""Push a run's adapter or merged model to the hub, with its model card.
+
+Only these files are pushed: files whose names are in the lists of this module, the base's licence
+files and the model card.
+"""
 
 import fnmatch
 import json
@@ -64,10 +68,10 @@ MAX_HEADER = 1 << 24  # largest number of bytes of a safetensors header that are
 
 @dataclass(frozen=True)
 class PushResult:
-    """The result of a push."""
+    """The result of a push: the repository, the commit and the names of the files."""
 
     repository: str
-    """owner/name"""
+    """The full name, such as "me/model"."""
     page: str
     """The URL of the repository."""
     commit: str
@@ -86,24 +90,26 @@ def push(
 ) -> PushResult:
     """Push the adapter of a run, or its merged model, in one commit.
 
-    If an earlier push left weights or configurations that are not in this push, the commit removes
-    them.
+    The commit also removes weights and configurations of an earlier push if this push does not
+    replace them.
 
     Args:
         run_folder: the folder of a finished run.
         repository: owner/name, or only a name. Without owner, your account is the owner.
-        merged: which merged model to push: "original" or "dequantized", the value of
-            `merge --base`. None: push the adapter.
-        is_public: True: a new repository is public. False: it is private.
-        samples: number of held-out prompts that the card shows with answers. 0: it shows neutral
-            prompts, which are not from the data.
+        merged: the merged model to push, "original" or "dequantized" (the value of
+            `merge --base`). None: push the adapter.
+        is_public: True for a public repository, False for a private one. An existing repository
+            must have this visibility already.
+        samples: number of held-out prompts that the card shows with answers. 0: the card shows
+            neutral prompts, which are not from the data.
 
     Raises:
-        RecipeError: the hub or the base's licence does not allow the name.
+        RecipeError: the hub or the base's licence does not allow the repository's name, or
+            ``samples`` is set although a person has edited the card.
         ModelError: a text that the base's licence requires is missing.
-        CheckpointError: the run is not finished, or a file is a link, is incomplete, or contains an
-            access token or a local path.
-        HubError: the hub refused the push, or could not be reached in any attempt.
+        CheckpointError: the run is not finished, or a file is a symbolic link, is incomplete, or
+            contains an access token or a local path.
+        HubError: the hub refused the push, or the hub could not be reached.
     """
     updates = push_events(
         run_folder, repository, merged=merged, is_public=is_public, samples=samples
@@ -119,7 +125,7 @@ def push_events(
     is_public: bool = False,
     samples: int = 0,
 ) -> Generator[Update, None, PushResult]:
-    """Do the same as :func:`push`. Yield updates, and finally return the result."""
+    """Do the same as :func:`push`, but yield updates; finally return the result."""
     path = Path(run_folder).expanduser()
     try:
         refuse_repository(repository)
@@ -211,7 +217,7 @@ def push_command(
     is_public: bool = False,
     samples: int = 0,
 ) -> Command:
-    """Return the shell command that pushes a run. The arguments are those of :func:`push`."""
+    """Return the shell command for a push. It has the same arguments as :func:`push`."""
     flags = ["--merged"] if merged else []
     flags += ["--base", merged] if merged == "dequantized" else []
     flags += ["--public"] if is_public else []
@@ -237,7 +243,7 @@ def _repository_in(text: str) -> str:
 
 
 def _read_licences(lock: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return the licences in lock.json. Missing ones are read again, because checks need them."""
+    """Return the licences in lock.json. Licences that it lacks are read from the cards."""
     base = lock["base"]
     return read_licences(
         base["name"], base["revision"], Path(base["path"]), recipe.data.names, lock.get("licences")
@@ -249,7 +255,7 @@ def _select_files(
 ) -> dict[str, bytes | Path]:
     """Return name -> path or content of the files to push. Only files in our lists are pushed.
 
-    ``again`` is the command that makes the folder again. It is the fix of errors.
+    ``again`` is the command that writes the folder again. Errors name it as their fix.
     """
     patterns = (*(MERGED if is_merged else ADAPTER), *TOKENIZER)
     files: dict[str, bytes | Path] = {}
@@ -260,9 +266,9 @@ def _select_files(
         if file.is_symlink() or not file.is_file():
             raise CheckpointError(
                 where=str(file),
-                found="is a link" if file.is_symlink() else "is not a file",
-                expected="a file, because links are not followed",
-                fix="replace it by a copy",
+                found="is a symbolic link" if file.is_symlink() else "is not a regular file",
+                expected="a regular file, because symbolic links are not followed",
+                fix="replace it by a copy of the file",
             )
         files[name] = file
     _refuse_broken(folder, files, again, is_merged=is_merged)
@@ -283,7 +289,7 @@ def _select_files(
 def _refuse_broken(
     folder: Path, files: Mapping[str, object], again: str, *, is_merged: bool
 ) -> None:
-    """Raise :class:`CheckpointError` if weights, configuration or tokenizer are incomplete."""
+    """Raise :class:`CheckpointError` if a needed file is missing or the weights are incomplete."""
     weights = weight_files(folder) if is_merged else [folder / ADAPTER[1]]
     config = MERGED[0] if is_merged else ADAPTER[0]
     for file in (folder / config, *weights, folder / "tokenizer.json"):
@@ -316,8 +322,9 @@ def _card(path: Path, options: CardOptions) -> str:
         raise RecipeError(
             where="--samples",
             found=f"cannot be used, because {path / 'README.md'} was edited",
-            expected="an unedited card",
-            fix="leave --samples out and add the samples to the file yourself; or remove the file",
+            expected="a card that nobody has edited",
+            fix="leave --samples out and add the samples to README.md yourself; "
+            "or remove README.md, so that a new card is written",
         )
     return complete_card(path, text, options)
 
@@ -328,7 +335,7 @@ def _refuse_samples(path: Path, count: int) -> None:
         raise CheckpointError(
             where=f"run {path}",
             found=f"has no answers to held-out prompts in {SAMPLES}",
-            expected="a run with output.samples and held-out pairs",
+            expected="a run with held-out pairs and output.samples greater than 0",
             fix="leave --samples out",
         )
 
@@ -336,7 +343,7 @@ def _refuse_samples(path: Path, count: int) -> None:
 def _notes(
     folder: Path, files: Mapping[str, object], licences: Mapping[str, Any]
 ) -> Generator[Update, None, None]:
-    """Yield notes: files that are not pushed, a missing licence, and files that are pushed."""
+    """Yield notes about files that are not pushed, a missing licence, and files that are pushed."""
     known = {name.partition("/")[0] for name in files} | set(EXPECTED_LOCAL)
     omitted = sorted(file.name for file in folder.iterdir() if file.name not in known)
     if omitted:
@@ -347,7 +354,7 @@ def _notes(
             "note",
             "the model card names no licence, because the base's card names none or cannot be read",
         )
-    yield Update("note", f"files: {', '.join(sorted(files))}")
+    yield Update("note", f"files to push: {', '.join(sorted(files))}")
 
 
 def _refuse_leaks(
@@ -371,16 +378,16 @@ def _refuse_leaks(
         raise CheckpointError(
             where=f"run {path}, {name}",
             found=f"contains {found}",
-            expected="no tokens or local paths in pushed files",
-            fix="remove it from the file",
+            expected="no access tokens and no local paths in pushed files",
+            fix=f"remove {'the path' if found.startswith('a path') else 'the token'} from the file",
         )
 
 
 def _local_paths(path: Path, lock: Mapping[str, Any], recipe: Recipe) -> re.Pattern[str]:
     """Return a regular expression for the paths of the run, base, data, hub cache and home.
 
-    It matches such a path and longer paths that begin with it. A path with one part, such as /data,
-    matches only if a longer path begins with it.
+    It matches these paths and longer paths that begin with one of them. For a path with one part,
+    such as /data, it matches only longer paths, such as /data/x.
     """
     local = [
         str(path.absolute()),
@@ -417,9 +424,10 @@ def _header(content: Path | bytes) -> str:
 
 
 def check_push(recipe: Recipe, *, resume: bool) -> Generator[Update, None, None]:
-    """Check before the training that the push at its end is possible.
+    """Check before the training that the push after the training is possible.
 
-    Raise :class:`HubError` if it is not. If the run is resumed, yield a note instead.
+    If the push is not possible, raise :class:`HubError`. For a resumed run, yield a note instead.
+    If ``output.push_to_hub`` is false, check nothing.
     """
     if not recipe.output.push_to_hub:
         return
@@ -433,14 +441,17 @@ def check_push(recipe: Recipe, *, resume: bool) -> Generator[Update, None, None]
             either = f"{error.fix}; or set output.push_to_hub=false and run `orpo-lite push` later"
             error.fix = Overrides({"output.push_to_hub": False}, text=either)
             raise
-        yield Update("note", f"the push at the end may fail: {error.where} {error.found}")
+        yield Update("note", f"the push after the training may fail: {error.where}: {error.found}")
 
 
 def find_licences(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     """Return the licences of base and data, for lock.json.
 
-    If output.push_to_hub is true, check that the base's licence allows the push. Raises the same
-    errors as :func:`push`.
+    If ``output.push_to_hub`` is true, check that the base's licence allows the push.
+
+    Raises:
+        RecipeError: the base's licence does not allow the repository's name.
+        ModelError: a text that the base's licence requires is missing.
     """
     base = inputs.base
     licences = read_licences(base.name, base.revision, base.path, recipe.data.names)

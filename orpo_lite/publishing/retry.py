@@ -1,7 +1,7 @@
-"""Send requests to the hub again if they fail, and explain the hub's errors.
+"""Repeat failed requests to the hub, and explain the hub's errors.
 
-The hub's client reads the access token from the environment or the login. orpo-lite never stores
-it.
+The library huggingface_hub reads the access token from the environment or from the login. orpo-lite
+never stores the token.
 """
 
 import random
@@ -51,15 +51,15 @@ Attempt = Generator[Update, None, Result]
 
 
 class UnreadableError(CheckpointError):
-    """During the push, a file of the run disappeared or became unreadable."""
+    """A file of the run disappeared or became unreadable during the push."""
 
 
 class AbsentError(HubError):
-    """The repository does not exist, or is not visible to the account."""
+    """The repository does not exist, or the account cannot see it."""
 
 
 class ConflictError(HubError):
-    """The repository exists already, or another change of it is in progress."""
+    """The repository exists already, or another change to it is in progress."""
 
 
 class _SpentError(Exception):
@@ -77,13 +77,13 @@ def retry(
     """Call a function that sends requests to the hub. After a temporary failure, call it again.
 
     Temporary failures are a busy hub, a timeout and a lost connection. Yield a note before each new
-    attempt, and finally return the result of the function.
+    attempt; finally return the result of the function.
 
     Args:
-        where: the place, for messages.
-        doing: the action, for messages, such as "uploading".
-        call: the function.
-        temporary: the status codes of temporary failures.
+        where: the place for messages, such as "hub, me/model".
+        doing: the action for messages, such as "uploading".
+        call: the function. It takes no arguments.
+        temporary: the HTTP status codes that are temporary failures.
 
     Raises:
         HubError: the hub refused the request, or the last attempt failed.
@@ -102,16 +102,16 @@ def retry(
                 raise _explain(where, doing, root, wait) from error
             yield Update(
                 "note",
-                f"{doing}: {_failure(root)}; retry in {wait:.0f} s ({number} of {ATTEMPTS - 1})",
+                f"{doing}: {_failure(root)}; retry {number} of {ATTEMPTS - 1} in {wait:.0f} s",
             )
             time.sleep(wait)
     raise AssertionError
 
 
 def run_in_thread(call: Callable[[], Result]) -> Result:
-    """Call a function on another thread, and return its result. Ctrl-C then ends the wait at once.
+    """Call a function in another thread, so that Ctrl-C works at once. Return its result.
 
-    On the main thread, Ctrl-C would have to wait for the threads of the hub's client.
+    In the main thread, Ctrl-C would have to wait for the threads of the hub's client.
     """
     pool = ThreadPoolExecutor(1)
     try:
@@ -121,7 +121,7 @@ def run_in_thread(call: Callable[[], Result]) -> Result:
 
 
 def _root(error: BaseException) -> tuple[BaseException, bool]:
-    """Return (cause, is_spent): the error inside a wrapper, and True if no attempt is left."""
+    """Return (cause, is_spent): the original error, and True if no attempt is left."""
     is_spent = False
     while type(error) in (RuntimeError, _SpentError) and error.__cause__ is not None:
         is_spent = is_spent or type(error) is _SpentError
@@ -212,19 +212,19 @@ def _explain(
             where=where,
             found=f"is gated ({status}, {doing})",
             expected="access granted to your account",
-            fix=f"ask for access; {LOGIN}",
+            fix=f"ask for access on the page of the repository; then {LOGIN}",
         )
     if status == 401 or _is_forbidden(error):
         return HubError(
             where=where,
-            found=f"the access token is not accepted (401, {doing})",
+            found=f"the hub does not accept the access token (401, {doing})",
             expected="a valid token",
             fix=LOGIN,
         )
     if isinstance(error, RepositoryNotFoundError) or status == 404:
         return AbsentError(
             where=where,
-            found=f"does not exist, or you have no access ({status}, {doing})",
+            found=f"does not exist, or you have no access to it ({status}, {doing})",
             expected="a repository that you can access",
             fix=LOGIN,
         )
@@ -242,21 +242,21 @@ def _explain(
         return HubError(
             where=where,
             found=f"you have no write access (403, {doing}){message}",
-            expected="write access",
+            expected="an account and a token with write access",
             fix=LOGIN,
         )
     if status in (409, 412):
         return ConflictError(
             where=where,
-            found="conflicts with the current state of the repository "
+            found="the request conflicts with the current state of the repository "
             f"({status}, {doing}){message}",
-            fix="try again",
+            fix="repeat the command",
         )
     if status == 429 and wait is not None and wait > LONGEST_WAIT:
         return HubError(
             where=where,
             found=f"the hub asks to wait {wait:,.0f} s (429, {doing})",
-            fix="try again after that time",
+            fix=f"try again after {wait:,.0f} s",
         )
     if status is not None:
         is_refusal = 400 <= status < 500 and status not in TEMPORARY
@@ -270,41 +270,45 @@ def _explain(
         return HubError(
             where=where,
             found=f"the answer is not from the hub ({doing}: {type(error).__name__}){message}",
-            expected="an answer of the hub, not a page of a proxy or of a login",
+            expected="an answer from the hub, not a web page from a proxy or a login",
             fix="try again later",
         )
     return HubError(
         where=where,
         found=f"cannot be reached ({type(error).__name__}, {doing}){message}",
-        expected="a connection",
+        expected="a connection to the hub",
         fix="try again later",
     )
 
 
 def unreadable(error: OSError) -> UnreadableError:
-    """Return the error for a local file that cannot be read, from the OSError."""
+    """Convert the OSError of a local file to an :class:`UnreadableError`."""
     return UnreadableError(
         where=str(error.filename),
         found=f"cannot be read ({error.strerror})",
-        expected="a complete file of the run",
+        expected="a file that can be read",
     )
 
 
 def own_token(where: str) -> str | None:
-    """Return the person's access token, or None. Raise :class:`HubError` if the login expired."""
+    """Return the user's access token for the hub, or None if there is none.
+
+    Raises:
+        HubError: the login has expired and cannot be renewed.
+    """
     try:
         return get_token()
     except Exception as error:  # renewing a login can raise anything
         raise HubError(
             where=where,
-            found=f"the login cannot be renewed ({type(error).__name__})",
+            found=f"the login to the hub cannot be renewed ({type(error).__name__})",
             expected="a valid login",
             fix=LOGIN,
         ) from None
 
 
 def server_message(error: BaseException) -> str:
-    """Return the hub's message as ": text" on one line, without access tokens. It may be ""."""
+    """Return the hub's message as ": text" on one line, or "". Access tokens are removed."""
     text = getattr(error, "server_message", None)
     if not text and isinstance(error, ValueError | RuntimeError):
         text = str(error)
@@ -318,7 +322,7 @@ def server_message(error: BaseException) -> str:
 
 @contextmanager
 def with_timeouts() -> Any:
-    """Within this context, limit the timeouts and the number of attempts of the hub's client."""
+    """Limit how long and how often huggingface_hub tries a request in this context."""
     before = _http._GLOBAL_CLIENT_FACTORY
     failed: Counter[str] = Counter()
 

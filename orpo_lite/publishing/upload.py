@@ -1,4 +1,4 @@
-"""Let the hub check a model card, and commit files to a repository."""
+"""Check a model card with the hub, and commit files to a repository on the hub."""
 
 import errno
 import fnmatch
@@ -26,12 +26,12 @@ from orpo_lite.updates import Update
 
 
 def check_card(target: Target, card: str, where: str) -> Attempt[None]:
-    """Ask the hub whether the metadata of a card are valid. Nothing is changed on the hub.
+    """Ask the hub whether the metadata of a card are valid. Change nothing on the hub.
 
     Args:
-        target: the repository.
+        target: the repository, for messages.
         card: the text of the card.
-        where: the place of the card, for messages.
+        where: the path of the card, for messages.
 
     Raises:
         HubError: the metadata are not valid.
@@ -46,7 +46,7 @@ def check_card(target: Target, card: str, where: str) -> Attempt[None]:
         except BadRequestError as error:
             raise HubError(
                 where=where,
-                found=f"the hub refuses its metadata{server_message(error)}",
+                found=f"the hub refuses the metadata of the card{server_message(error)}",
                 expected="metadata that the hub accepts",
                 fix="correct the metadata, or remove the file, so that a new card is written",
             ) from error
@@ -69,12 +69,12 @@ def commit_files(
         target: the repository.
         files: name in the repository -> path or content.
         message: the commit message.
-        ours: patterns of the names that our pushes write. If the repository has a file with such a
-            name that is not in ``files``, it is from an earlier push and is removed.
+        ours: name patterns of files that are removed from the repository if they are not in
+            ``files``. Such files are from an earlier push.
 
     Raises:
         HubError: the hub refused the commit, or the last attempt failed.
-        UnreadableError: a file does not exist any more.
+        UnreadableError: a file to commit does not exist any more.
     """
     where, repository = f"hub, {target.repository}", target.repository
     stopped = threading.Event()
@@ -119,7 +119,7 @@ def commit_files(
     if removed:
         yield Update(
             "note",
-            "removed files of an earlier push (they remain in the history): "
+            "removed files of an earlier push, which remain in the repository's history: "
             + ", ".join(sorted(removed)),
         )
     return page
@@ -143,7 +143,7 @@ def _check_exists(content: Path | bytes) -> Path | bytes:
 
 
 def _size(content: Path | bytes) -> int:
-    """Return the size of a file in bytes. ``content`` is its path or its content."""
+    """Return the size of a file in bytes. ``content`` is the path or the content of the file."""
     if isinstance(content, bytes):
         return len(content)
     try:
@@ -190,8 +190,8 @@ def _create(target: Target) -> Attempt[Target]:
         if not made.exists:
             raise HubError(
                 where=where,
-                found="cannot be created (409), although it does not exist",
-                expected="a free name",
+                found="cannot be created (409), although you can see no repository of this name",
+                expected="a name that nobody uses",
                 fix="use another name",
             ) from None
         return made

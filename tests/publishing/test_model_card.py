@@ -545,9 +545,13 @@ def test_a_changed_card_keeps_the_line_that_its_base_asks_for(tmp_path: Path) ->
         (
             "base_model: lab/base",
             "base_model: lab/other",
-            "base_model: lab/base, because it is under the Llama 3.2",
+            "base_model: lab/base, because the base is under the Llama 3.2",
         ),
-        ("base_model: lab/base\n", "", "base_model: lab/base, because it is under the Llama 3.2"),
+        (
+            "base_model: lab/base\n",
+            "",
+            "base_model: lab/base, because the base is under the Llama 3.2",
+        ),
     ],
 )
 def test_a_changed_card_says_of_its_base_what_is_so(
@@ -666,7 +670,7 @@ def test_a_card_in_another_encoding_is_named(tmp_path: Path) -> None:
         read_edited_card(run)
     (run / "README.md").rename(tmp_path / "elsewhere.md")
     (run / "README.md").symlink_to(tmp_path / "elsewhere.md")
-    with pytest.raises(CheckpointError, match="is a link"):
+    with pytest.raises(CheckpointError, match="is a symbolic link"):
         read_edited_card(run)
 
 
@@ -874,7 +878,7 @@ def test_the_name_of_a_derivative(licence_name: str, repository: str, is_fine: b
         return
     with pytest.raises(RecipeError, match="at the beginning of any such AI model name") as refused:
         refuse_name(repository, {"license": licence_name}, "REPO")
-    suggested = refused.value.fix.removeprefix("a name such as ")
+    suggested = refused.value.fix.removeprefix("use a name such as ")
     refuse_name(suggested, {"license": licence_name}, "REPO")
     refuse_repository(suggested)
 
@@ -882,7 +886,7 @@ def test_the_name_of_a_derivative(licence_name: str, repository: str, is_fine: b
 def test_a_name_that_is_nothing_but_the_bases_is_given_an_end() -> None:
     with pytest.raises(RecipeError) as refused:
         refuse_name("me/meta-llama-3", {"license": "llama3"}, "REPO")
-    assert refused.value.fix == "a name such as me/Llama-3-tuned"
+    assert refused.value.fix == "use a name such as me/Llama-3-tuned"
 
 
 def test_the_papers_of_a_base_go_with_it(tmp_path: Path) -> None:

@@ -270,7 +270,8 @@ def test_what_an_earlier_push_left_of_ours_goes(a_run: Path, hub: Hub) -> None:
         "config.json, model-00001-of-00002.safetensors, model-00002-of-00002.safetensors, "
         "model.safetensors.index.j"
     )
-    assert f"removed files of an earlier push (they remain in the history): {gone}son" == notes[-1]
+    removed = "removed files of an earlier push, which remain in the repository's history: "
+    assert notes[-1] == f"{removed}{gone}son"
     assert {"config.json", "model.safetensors.index.json"}.isdisjoint(hub.written[REPO].files)
     result = push(a_run, REPO, merged="original")
     assert set(hub.written[REPO].files) == {*result.files, *theirs}
@@ -476,8 +477,8 @@ def test_a_link_is_not_left_out_but_refused(a_run: Path, hub: Hub, name: str) ->
         lambda: push(a_run, REPO, merged="original" if "merged" in name else None),
         code=5,
     )
-    assert message.startswith(f"{file}: is a link")
-    assert "replace it by a copy" in message
+    assert message.startswith(f"{file}: is a symbolic link")
+    assert "by a copy of the file" in message
     assert not hub.asked("POST")
 
 
@@ -722,7 +723,7 @@ def test_metadata_that_the_hub_refuses_before_anything_is_made(a_run: Path, hub:
     hub.fail("validate-yaml", 400, body=body, headers={"Content-Type": "application/json"})
     message = no_push(a_run, hub)
     assert message.startswith(
-        f"{a_run}/README.md: the hub refuses its metadata: license must be one of [a, b]"
+        f"{a_run}/README.md: the hub refuses the metadata of the card: license must be one of [a, b]"
     )
     assert "fix: correct the metadata" in message
     assert hub.written == {}
@@ -1056,7 +1057,7 @@ def test_a_page_in_answer_to_a_file(a_run: Path, hub: Hub, slept: list[float]) -
         body=b"<html>Welcome!</html>",
         headers={"Content-Type": "text/html; charset=utf-8"},
     )
-    assert "an answer of the hub, not a page of a proxy or of a login" in no_push(a_run, hub)
+    assert "an answer from the hub, not a web page from a proxy or a login" in no_push(a_run, hub)
 
 
 def test_the_clients_patience_is_given_back(a_run: Path, hub: Hub) -> None:
@@ -1470,7 +1471,7 @@ def test_a_run_that_goes_on_is_not_held_up_by_the_hub(
     hub.fail("whoami", 401)
     code, said, _ = call("train", "--resume", "run")
     assert code == 8
-    assert "the push at the end may fail" in said
+    assert "the push after the training may fail" in said
     assert (workspace / "run/adapter/adapter_model.safetensors").is_file()
 
 
