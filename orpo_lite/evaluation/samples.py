@@ -112,10 +112,11 @@ class SampleWriter:
                 yield from self.answer(update.step)
 
     def answer(self, step: int) -> Generator[Update, None, bool]:
-        """Write the answers of ``step`` that samples.jsonl does not have yet.
+        """Answer the prompts that have no answer at ``step`` yet, and write samples.jsonl.
 
-        At step 0 the adapter is switched off, so the base answers. Return False if a signal stopped
-        it, else True. On an error it yields a note, and only answers are lost.
+        At step 0 the adapter is switched off, so the base answers. On an error, yield a note: the
+        training continues without these answers. Finally return False if a signal stopped the
+        answers, else True.
         """
         rows = []
         if not self.prompts:
