@@ -69,8 +69,8 @@ from orpo_lite.updates import (
 NO_CARD = "the model card (README.md) is not written"
 NO_REPORT = "the report (report.html) is not written"
 REPORT_SHARE = 0.02
-"""During a training, a report is written if the last report took less than this share of the time
-since the last report."""
+"""Share of the training's time that reports may take. The next report is written if writing the
+last one took less than this share of the time since then."""
 FIRST_REPORT = 5.0
 """Assumed seconds for the first report, which also loads matplotlib."""
 
@@ -297,8 +297,8 @@ def _judge(
 def _with_reports(updates: Iterable[Update], path: Path) -> Iterator[Update]:
     """Yield the updates of a training, and write its report after some of the evaluations.
 
-    The report is written if the last report took less than :data:`REPORT_SHARE` of the time since
-    the last report.
+    The next report is written if writing the last one took less than :data:`REPORT_SHARE` of the
+    time since then.
     """
     last, took = time.monotonic(), FIRST_REPORT
     for update in updates:

@@ -71,7 +71,10 @@ def reworded(fix: str, text: str) -> str:
 
 
 def one_of(fixes: Iterable[str]) -> str:
-    """Return a fix with the text "A or B", and with the values of the first :class:`Overrides`."""
+    """Join the fixes A and B to one fix with the text "A or B".
+
+    It has the values of the first fix that is :class:`Overrides`.
+    """
     options = [*fixes]
     first = next((fix for fix in options if isinstance(fix, Overrides)), "")
     return reworded(first, " or ".join(options))

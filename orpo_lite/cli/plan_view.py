@@ -119,8 +119,8 @@ def _print_parts(plan: "MemoryPlan") -> None:
     out.print(f"  {'total'.ljust(width)}  {gib(sum(size for _, size in rows)):>10}")
     if plan.needed > plan.peak + sum(plan.allowances.values()):
         out.print(
-            f"  loading the base needs more, {gib(plan.needed)}, "
-            "because its embedding is still on the GPU then"
+            f"  loading the base needs more memory, {gib(plan.needed)}, "
+            "because its embedding is on the GPU until the base is loaded"
         )
     if plan.measured.paged:
         out.print(

@@ -114,9 +114,8 @@ class Chart:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the header and the rows of a table with some of the drawn values.
 
-        Each row is a step. With at most ``2 * TABLE_ROWS`` held-out evaluations, the rows are the
-        steps of these evaluations, and the first and last step. Otherwise, and without held-out
-        evaluations, the steps are evenly spaced.
+        Each row is a step. If there are 1 to ``2 * TABLE_ROWS`` held-out evaluations, the rows are
+        their steps and the first and last step. Otherwise the rows are evenly spaced steps.
         """
         steps = sorted({step for line in self.lines for step in line.steps})
         picked = np.unique(np.linspace(0, len(steps) - 1, min(TABLE_ROWS, len(steps))).astype(int))

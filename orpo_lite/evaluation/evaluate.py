@@ -273,8 +273,8 @@ def _compare_prompts(
 ) -> Generator[Update, None, bool]:
     """Yield a note on each run that was trained on some of the prompts.
 
-    Return True if it is known that no run was trained on one of them. If no run is scored, this is
-    not known.
+    Return True if it is known that no run was trained on any of these prompts. If no run is scored,
+    this is not known.
     """
     is_held_out = any(model.run for model in found.values())
     for name, model in found.items():

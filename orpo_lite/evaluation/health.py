@@ -39,14 +39,14 @@ SINK = 0.1
 """Both log-probs sink if each falls by this many nats (10% of a token's probability). OURS. The
 authors' experience, and Figs 7 and 9 of the paper: λ = 1 sinks both, λ = 0.1 keeps them close."""
 STRONG_BETA = 0.1
-"""A λ that keeps the log-probs close to their start, by the authors. The paper trains Mistral with
-it."""
+"""According to the authors, this λ keeps the log-probs close to their start. The paper trains
+Mistral with it."""
 FLAT_LOSS = 0.01
 """A loss that falls by less than this (relative) counts as not fallen. OURS."""
 FLAT_ODDS = 0.02
 """Log odds that rise by less than this count as not risen. 0.02 means 2% higher odds. OURS."""
 HIGH_START = 0.75
-"""An accuracy from this value on, before the first step, is high. A base starts near 0.5 to 0.6.
+"""Before the first step, an accuracy of this value or more is high. A base starts near 0.5 to 0.6.
 The authors say that a high value means patterned data, but name no number. The number is OURS."""
 LENGTH_MATTERS = 0.65
 """If a rule that only looks at length has this accuracy, length says much about the pairs. OURS."""
@@ -63,9 +63,9 @@ class Finding:
     title: str
     gravity: Gravity
     reason: str
-    """The figures of this run that lead to the verdict, as sentences."""
+    """Sentences with the numbers of this run that led to the verdict."""
     rule: str
-    """When this verdict is given, for any run."""
+    """A text that says when a run gets this verdict."""
     source: str
     """Where the threshold of the rule comes from."""
     advice: str
@@ -87,7 +87,7 @@ class Curves:
     data: Mapping[str, Any]
     """The content of data.json, or {}."""
     length_rule: float | None
-    """Accuracy of a rule that prefers replies only by length, in 0 to 1. None if unknown."""
+    """Accuracy (0 to 1) of a rule that looks only at the length of replies. None if unknown."""
 
     @classmethod
     def of(

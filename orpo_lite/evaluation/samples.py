@@ -23,7 +23,7 @@ NEUTRAL = (
     "What is 17 plus 25? Say how you got there.",
     "Turn this into a question: The train leaves at nine.",
 )
-"""Prompts that come from no dataset, so that a model card can show their answers."""
+"""Prompts that are not from a dataset, so a model card can show the answers to them."""
 TEMPERATURE = 0.7
 UNANSWERED = "prompts are not answered"
 

@@ -72,16 +72,16 @@ class Verdict:
     """
     bound: float
     """Limit of ``difference``: :data:`EXACT`. If the merged weights are in 16 bit or were compared
-    on a GPU, it is at least :data:`LOST` times ``effect``."""
+    on a GPU, the limit is :data:`LOST` times ``effect`` if this is larger."""
     rounding: float = 0.0
     """The difference that rounding alone can make if the models compute in 16 bit, else 0. A
     ``difference`` of up to this value passes, even if it is above ``bound``."""
     missing: tuple[str, ...] = ()
     """Names of the base's tensors that the merged model does not have in the same shape."""
     kept: Kept | None = None
-    """The share of the adapter's gain on the pairs that the merged model keeps."""
+    """The share of the adapter's gain that the merged model keeps, measured on these pairs."""
     base_log_odds: tuple[float, ...] = ()
-    """Log odds ratio of each pair, computed with the base that was merged onto."""
+    """Log odds ratio of each pair, computed with the base that the adapter was merged onto."""
     trained_gain: tuple[float, ...] = ()
     """What the adapter adds to the log odds ratio of each pair, on the base of the training."""
 
