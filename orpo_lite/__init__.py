@@ -1,17 +1,18 @@
 """orpo-lite: preference-tune a language model on the one GPU you own.
 
-The packages by layer. A package imports only from lower layers. tests/test_layout.py checks this.
+The table lists the packages by layer. A package imports only from lower layers: a test,
+tests/test_layout.py, checks this.
 
-8  cli (__main__)                                parse, call, draw; nothing else prints
-7  api  doctor                                   tasks of several packages; notebooks, cli
-6  planning  training  evaluation                one task each; none imports another
+8  cli (__main__)                                the command line; only this package prints
+7  api  doctor                                   tasks that use several packages
+6  planning  training  evaluation                one task each; they do not import each other
 6  merging  exporting  publishing
 5  runs  model                                   the run folder; the model in memory
 4  objectives  demo                              losses on pairs; the built-in base and pairs
-3  data                                          rows to pairs to tokens to batches
-2  base  ops                                     base on disk; low-memory tensor operations
-1  recipe  updates                               settings; progress of a running task
-0  errors                                        errors that people can fix
+3  data                                          from rows to pairs, tokens and batches
+2  base  ops                                     the base on disk; low-memory tensor operations
+1  recipe  updates                               settings; the progress of a running task
+0  errors                                        errors that a person can fix
 """
 
 import os

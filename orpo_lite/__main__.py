@@ -1,4 +1,4 @@
-"""``python -m orpo_lite`` is ``orpo-lite``."""
+"""Make ``python -m orpo_lite`` run the command ``orpo-lite``."""
 
 from orpo_lite.cli import main
 

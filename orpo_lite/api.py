@@ -1,6 +1,6 @@
-"""Train, verify, generate and chat: the tasks of notebooks and the command line.
+"""Train, verify, generate and chat: the tasks that use several packages.
 
-They use several packages.
+Notebooks and the command line call these functions.
 """
 
 import math
@@ -69,8 +69,8 @@ from orpo_lite.updates import (
 NO_CARD = "the model card (README.md) is not written"
 NO_REPORT = "the report (report.html) is not written"
 REPORT_SHARE = 0.02
-"""A report is written during a training if the last report took less than this share of the time
-since then."""
+"""Share of the training's time that reports may take. The next report is written if writing the
+last one took less than this share of the time since then."""
 FIRST_REPORT = 5.0
 """Assumed seconds for the first report, which also loads matplotlib."""
 
@@ -78,12 +78,13 @@ FIRST_REPORT = 5.0
 def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     """Train with a recipe, and write the run folder: adapter, metrics, samples, model card.
 
-    It does not merge or push the adapter. Other functions do that.
+    It does not merge or push the adapter: see :func:`orpo_lite.merge` and :func:`orpo_lite.push`.
 
     Args:
         recipe: the recipe. ``training.output_dir`` is the run folder.
-        resume: continue the run in that folder. A setting that has its default in ``recipe`` keeps
-            the run's value. Any other setting is a change, which is recorded or refused.
+        resume: True: continue the run in ``training.output_dir``. If ``recipe`` does not set a key,
+            the run keeps its value. If ``recipe`` sets another value, this change is recorded, or
+            refused if the key may not change.
 
     Raises:
         OrpoLiteError: an error that the person can fix. Most errors are found before the weights
@@ -203,12 +204,12 @@ class _ResumedRun:
             yield Update(
                 "note",
                 f"the version of {name} is now {new}, and was {old} before: "
-                "results may differ in the last bits",
+                "results may differ slightly, in the last bits",
             )
         dtype = before.get("dtype", self.lock["dtype"])
         if dtype != self.lock["dtype"]:
             now = f"the base is now loaded in {self.lock['dtype']}, and was in {dtype} before"
-            yield Update("note", f"{now}: its 4-bit weights differ in the steps that follow")
+            yield Update("note", f"{now}: from now on its 4-bit weights are different")
 
 
 def _train(
@@ -282,7 +283,7 @@ def _judge(
 ) -> Generator[Update, None, dict[str, Any] | None]:
     """Judge the training, and return the content of verdict.json.
 
-    Return None if there are no held-out pairs, or after an error, for which a note is yielded.
+    Return None if there are no held-out pairs. After an error, yield a note and return None.
     """
     if not inputs.test:
         return None
@@ -294,10 +295,10 @@ def _judge(
 
 
 def _with_reports(updates: Iterable[Update], path: Path) -> Iterator[Update]:
-    """Yield the updates of a training, and write its report after an evaluation if that is quick.
+    """Yield the updates of a training, and write its report after some of the evaluations.
 
-    It is expected to be quick if the last report took less than :data:`REPORT_SHARE` of the time
-    since then.
+    The next report is written if writing the last one took less than :data:`REPORT_SHARE` of the
+    time since then.
     """
     last, took = time.monotonic(), FIRST_REPORT
     for update in updates:
@@ -342,13 +343,17 @@ def verify_export_events(
 ) -> Generator[Update, None, tuple[Kept, int]]:
     """Compute the share of the trained adapter's gain that an exported GGUF file keeps.
 
-    It scores held-out pairs of the run with llama.cpp, and writes ``kept.json`` next to the file.
-    It yields its progress, and returns the share and the number of pairs.
+    The gain is what the adapter adds to the log odds ratio of chosen to rejected replies. It is
+    measured with llama.cpp on held-out pairs of the run, or on training pairs if no pairs were held
+    out. ``kept.json`` is written next to the GGUF file.
+
+    Yields progress. Finally returns the share and the number of pairs.
 
     Args:
         run_folder: the folder of a finished run.
         folder: the folder of the export, with one GGUF file.
-        weights: which merged model of the run was exported.
+        weights: which merged model was exported: the one merged onto the ``original`` base, or
+            the one merged onto the ``dequantized`` base.
         base_path: where the base is now, if its folder was moved.
 
     Raises:
@@ -370,8 +375,9 @@ def verify_export_events(
 def generate(run_folder: str | Path, prompts: str | Path, **options: Any) -> Answers:
     """Answer a file of prompts with a run, a merged folder or a hub model.
 
-    For ``options`` and errors see :func:`orpo_lite.evaluation.answers.prepare_answers`. If a call
-    is interrupted, the same call continues after the answers that it has already.
+    For ``options`` and errors see :func:`orpo_lite.evaluation.answers.prepare_answers`.
+
+    If a call is interrupted, repeat it with the same arguments. The finished answers are kept.
     """
     return run_to_end(generate_events(run_folder, prompts, **options), lambda _: None)
 

@@ -2,11 +2,11 @@
 
 The base does not prefer the chosen answers before the training. An answer is a greeting, a piece of
 advice and a goodbye, in a warm or a curt tone. All answers have the same number of tokens. The base
-is trained on all phrasings of both tones equally often. So its probability for an answer depends on
-the advice, not on the tone: each topic has one advice that the base has seen more often than
-others, the usual advice. The chosen answer has the usual advice in half of the pairs, and the
-rejected answer has it in the other half. So the base prefers the chosen answer in about half of the
-pairs. Only the training changes that.
+is trained on all phrasings of both tones equally often, so its probability for an answer does not
+depend on the tone. It depends on the advice: for each topic, the base has seen one advice, the
+usual advice, more often than others. The chosen answer has the usual advice in half of the pairs,
+and the rejected answer has it in the other half. So the base prefers the chosen answer in about
+half of the pairs. Only the training on the pairs changes this share.
 """
 
 import hashlib
@@ -128,12 +128,12 @@ CHAT_TEMPLATE = (
 
 
 def make_base(folder: Path, *, seed: int = 0) -> Iterator[tuple[int, int]]:
-    """Train the tiny Llama, and write it to ``folder`` after the last step.
+    """Train the built-in base, a tiny Llama, and write it to ``folder`` after the last step.
 
     The folder must be new or empty. The global random state of torch and Python is not used.
 
     Yields:
-        (step, steps) after each step.
+        (step, number of steps) after each step.
     """
     return _make_base(folder, seed=seed, rounds=100)
 
@@ -141,9 +141,9 @@ def make_base(folder: Path, *, seed: int = 0) -> Iterator[tuple[int, int]]:
 def make_pairs(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
     """Write train.jsonl (384 pairs) and test.jsonl (128 pairs), and return their paths.
 
-    The two files have different topics. A line is an object with prompt, chosen and rejected. The
-    chosen answer is warm, and the rejected answer is curt. All phrasings occur equally often.
-    ``folder`` must be new or empty.
+    The two files have different topics. Each line is a JSON object with the keys prompt, chosen
+    and rejected. The chosen answer is warm, and the rejected answer is curt. All phrasings occur
+    equally often. ``folder`` must be new or empty.
     """
     rng = random.Random(seed)  # noqa: S311 - not for secrets
     with _complete_folder(folder) as unfinished:
@@ -335,10 +335,10 @@ def _one_thread() -> Iterator[None]:
 def make_builtin(recipe: Recipe, *, weights: bool = True) -> Iterator[tuple[int, int]]:
     """Create the ``builtin:`` base and pairs that a recipe names, if they do not exist.
 
-    With ``weights=False``, no base is trained. Only its tokenizer and configuration are created.
+    With ``weights=False``, the base is not trained. Only its tokenizer and configuration are made.
 
     Yields:
-        (step, steps) after each training step.
+        (step, number of steps) after each training step.
     """
     if recipe.model.model_name_or_path == BASE and not _folder(recipe, BASE).is_dir():
         if weights:
@@ -353,7 +353,7 @@ def make_builtin(recipe: Recipe, *, weights: bool = True) -> Iterator[tuple[int,
 
 
 def resolve_builtin(recipe: Recipe) -> Recipe:
-    """Replace ``builtin:`` names in the recipe by the folders that :func:`make_builtin` creates."""
+    """Return the recipe with ``builtin:`` names replaced by the folders of :func:`make_builtin`."""
     values = {}
     if recipe.model.model_name_or_path == BASE:
         base, tokenizer = _folder(recipe, BASE), _folder(recipe, TOKENIZER)
@@ -368,7 +368,7 @@ def resolve_builtin(recipe: Recipe) -> Recipe:
 
 
 def builtin_remark(recipe: Recipe) -> str:
-    """Return :data:`REMARK` if a run uses the built-in base or pairs, else ""."""
+    """Return a remark on what a run shows if it uses the built-in base or pairs; else ""."""
     is_builtin = recipe.model.model_name_or_path == BASE or recipe.data.dataset_name == PAIRS
     return REMARK if is_builtin else ""
 

@@ -1,4 +1,6 @@
-"""Errors that a person can fix. An error names the place, what was found and expected, and a fix.
+"""Define errors that a person can fix.
+
+An error names the place of the fault, what was found, what was expected, and a fix.
 
 All other exceptions are bugs in orpo-lite. The command line prints their traceback and asks the
 person to report the bug.
@@ -22,7 +24,7 @@ TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[A-Za-z0-9._-]{16,})")
 
 
 class Command(str):
-    """A fix that is a shell command: a text for people, and the command alone in ``line``."""
+    """A fix that is a shell command. The string is a text for people. ``line`` is the command."""
 
     __slots__ = ("line",)
     line: str
@@ -38,14 +40,14 @@ class Command(str):
 
 
 class Overrides(str):
-    """A fix that sets recipe keys: a text for people, and the values in ``values``."""
+    """A fix that sets recipe keys. The string is a text for people."""
 
     __slots__ = ("values",)
     values: Mapping[str, Any]
     """``section.key`` -> value."""
 
     def __new__(cls, values: Mapping[str, Any], advice: str = "", *, text: str = "") -> Self:
-        """Create a fix. Its text is "key=value" words and ``advice``, or ``text`` if given."""
+        """Create a fix. Its text is "key=value" words and ``advice``, or else ``text``."""
         words = (
             f"{key}={value if isinstance(value, str) else json.dumps(value)}"
             for key, value in values.items()
@@ -59,9 +61,9 @@ class Overrides(str):
 
 
 def reworded(fix: str, text: str) -> str:
-    """Return a fix with a new text and with the command or values of ``fix``.
+    """Return ``fix`` with a new text. Its command or its values are kept.
 
-    String methods such as ``replace`` lose the command or values: they return a plain string.
+    String methods such as ``replace`` return a plain string, which has no command and no values.
     """
     if isinstance(fix, Overrides):
         return Overrides(fix.values, text=text)
@@ -69,7 +71,10 @@ def reworded(fix: str, text: str) -> str:
 
 
 def one_of(fixes: Iterable[str]) -> str:
-    """Join fixes to one alternative, "A or B", with the values of the first :class:`Overrides`."""
+    """Join the fixes A and B to one fix with the text "A or B".
+
+    It has the values of the first fix that is :class:`Overrides`.
+    """
     options = [*fixes]
     first = next((fix for fix in options if isinstance(fix, Overrides)), "")
     return reworded(first, " or ".join(options))
@@ -84,8 +89,8 @@ class OrpoLiteError(Exception):
         where: the place of the fault: a file and line, or a recipe key. It may be "".
         found: what was found at this place.
         expected: what was expected instead. It may be "".
-        fix: how to fix the fault: if possible :class:`Overrides` or a :class:`Command`, else a
-            text. It may be "".
+        fix: how to fix the fault: :class:`Overrides`, a :class:`Command` or a plain text. It may
+            be "".
     """
 
     exit_code = 2
@@ -138,7 +143,7 @@ class CheckpointError(OrpoLiteError):
 class FitError(OrpoLiteError):
     """The machine has too little disk space or memory, or lacks a package or 4-bit support.
 
-    If ``orpo-lite doctor`` finds a fault, it ends with the exit code of this error.
+    ``orpo-lite doctor`` also ends with this exit code if it finds a fault.
     """
 
     exit_code = 6
@@ -151,7 +156,7 @@ class DivergedError(OrpoLiteError):
 
 
 class HubError(OrpoLiteError):
-    """The hub refused a request or cannot be reached, or does not have the repository or file."""
+    """The hub cannot be reached, refuses a request, or lacks the repository or file."""
 
     exit_code = 8
 
@@ -164,10 +169,10 @@ def _is_same_fix(one: str, other: str) -> bool:
 
 
 def raise_all(faults: Sequence[OrpoLiteError]) -> None:
-    """Raise all faults as one error, of the class of the first fault. Without faults, do nothing.
+    """Raise one error that shows all faults. Without faults, do nothing.
 
-    The error shows the first twenty faults and the total number. If all faults have the same fix,
-    it is shown once and becomes the fix of the error.
+    The error has the class of the first fault. It shows the first twenty faults and the total
+    number. If all faults have the same fix, this fix is shown once and is the fix of the error.
     """
     if not faults:
         return
@@ -185,5 +190,5 @@ def raise_all(faults: Sequence[OrpoLiteError]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type's name if the message is empty."""
+    """Return the first line of an error's message, or the error's type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]

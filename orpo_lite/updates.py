@@ -1,6 +1,6 @@
-"""Progress updates of a running command, and functions that run a command and pass on its updates.
+"""Define the progress updates of a command, and run commands.
 
-A command is a generator. It yields updates and finally returns its result.
+A command is a generator: it yields updates, and finally returns its result.
 """
 
 import logging
@@ -22,11 +22,11 @@ class Update:
 
     kind: Literal["stage", "note", "step", "eval"]
     text: str = ""
-    """For a stage its name, for a note the note, for a step or evaluation its metrics in a line."""
+    """The name of a stage, the text of a note, or the metrics of a step or evaluation."""
     step: int = 0
     """Number of steps, or parts of a stage, that are done."""
     steps: int = 0
-    """Number of all steps, or parts of a stage. 0 if it is not known."""
+    """Number of all steps, or of all parts of a stage. 0 if the number is not known."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Name -> value, for a step or evaluation."""
 
@@ -62,7 +62,8 @@ def staged(
 def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[Update]:
     """Call a function whose failure must not stop the command.
 
-    If it raises, yield a note and log the traceback. ``failed`` says in the note what failed.
+    If the function raises an error, log the traceback and yield a note. The note begins with
+    ``failed``, a text that says what failed.
     """
     try:
         function(*args)
@@ -71,7 +72,7 @@ def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[U
 
 
 def failure(failed: str, error: Exception) -> Update:
-    """Log the traceback of an error, and return a note. ``failed`` says in the note what failed."""
+    """Log the traceback of an error, and return a note: the text ``failed`` and the reason."""
     logging.getLogger(__name__).warning(failed, exc_info=error)
     reason = " ".join(str(error).split())[:300]
     if isinstance(error, OrpoLiteError):
@@ -85,7 +86,7 @@ def with_torch_defaults(
     """Decorate a command so that it runs with the default global settings of torch.
 
     A notebook may have disabled gradients, enabled autocast, or set another default dtype or
-    device. Its settings are restored at each update and at the end.
+    device. These settings are restored at each update and at the end.
     """
 
     @wraps(command)

@@ -63,8 +63,8 @@ BUG = 70  # exit code of a bug: EX_SOFTWARE of sysexits.h
 def main() -> None:
     """Run the command line.
 
-    If a person can fix an error, it is printed without a traceback. The process then ends with the
-    exit code of the error.
+    If an :class:`OrpoLiteError` is raised, print it without a traceback, and end the process with
+    the exit code of the error. Any other exception is a bug: print the traceback.
     """
     protect_output()
     try:
@@ -93,7 +93,7 @@ def main() -> None:
 
 def print_stopped() -> None:
     """Print that the command was stopped by Ctrl-C."""
-    err.print("stopped; nothing further was saved")
+    err.print("stopped; nothing more was saved")
 
 
 def _leave(code: int) -> NoReturn:
@@ -118,7 +118,7 @@ def _top(
 
 
 def recipe_keys(example: str) -> Any:
-    """Return the ``KEY=VALUE`` argument of a command; ``example`` is shown in its help."""
+    """Return the Typer argument for ``KEY=VALUE`` words. Its help text shows ``example``."""
     return typer.Argument(
         metavar="[KEY=VALUE]...",
         help=f"Set any key of the recipe, for example {example}.",
@@ -154,12 +154,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON, for progr
 def choose_recipe(
     name: str | None, resume: Path | None, overrides: list[str], *, command: str = "train"
 ) -> "Recipe":
-    """Return the recipe of ``--recipe`` or of the run to resume, with the overrides applied.
+    """Return the recipe ``name`` or the recipe of the run ``resume``, with the overrides applied.
 
-    The fixes in errors name ``command``.
+    Args:
+        name: the value of ``--recipe``.
+        resume: the value of ``--resume``: a run folder.
+        overrides: the texts ``section.key=value``.
+        command: the command of orpo-lite that the fixes in errors show.
 
     Raises:
         RecipeError: no recipe is given, or the recipe or an override is wrong.
+        CheckpointError: the folder ``resume`` is not a run.
     """
     from orpo_lite.recipe.reader import load_recipe
     from orpo_lite.runs.changes import recipe_to_resume
@@ -170,7 +175,7 @@ def choose_recipe(
             raise RecipeError(
                 where="--resume",
                 found=f"is given together with --recipe {name}",
-                expected="--resume alone: a run has its own recipe",
+                expected="--resume without --recipe, because a run has its own recipe",
                 fix=resume_command(resume),
             )
         # A shell does not expand the ~ of --resume=~/runs/a.
@@ -180,7 +185,7 @@ def choose_recipe(
         words = [text for text in overrides if "=" not in text]
         raise RecipeError(
             where=f"orpo-lite {command}",
-            found="no recipe given",
+            found="no recipe is given",
             expected="--recipe NAME, or --resume RUN" if command == "train" else "--recipe NAME",
             fix=Command(f"orpo-lite {command} --recipe {words[0] if words else 'demo'}"),
         )
@@ -210,7 +215,7 @@ def _refuse_file(name: str | None, overrides: list[str], command: str) -> None:
         ]
         raise RecipeError(
             where=f"argument {found[0]!r}",
-            found="is not an override",
+            found="is not KEY=VALUE",
             expected="data.dataset_name=FILE",
             fix=Command(shlex.join(parts)),
         )

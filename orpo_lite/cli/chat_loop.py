@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 COMMANDS = """/reset        forget all turns
 /system TEXT  set the system text, and forget all turns
 /save FILE    write the conversation as JSON
-/quit         end the chat, as Ctrl-D does
-Ctrl-C        stop an answer"""
+/quit         end the chat (or press Ctrl-D)
+Ctrl-C        stop the answer"""
 
 
 def converse(conversation: "Chat") -> None:
@@ -29,7 +29,7 @@ def converse(conversation: "Chat") -> None:
 
 
 def is_terminal() -> bool:
-    """Return True if both input and output are a terminal."""
+    """Return True if the input and the output are both terminals."""
     return sys.stdin.isatty() and out.is_terminal
 
 
@@ -60,7 +60,7 @@ def _answer(conversation: "Chat", line: str) -> None:
         try:
             ids, dropped = conversation.prompt(speaker, line)
             if dropped:
-                err.print(f"the {dropped} oldest turns are removed, because the context is full")
+                err.print(f"the context is full; number of old turns that are removed: {dropped}")
             if len(conversation.speakers) > 1:
                 out.out(f"{speaker.name}: ", end="", highlight=False)
             with closing(conversation.answer(speaker, line, ids)) as pieces:
@@ -82,7 +82,7 @@ def _obey(conversation: "Chat", command: str, text: str) -> bool:
     elif command == "system":
         conversation.reset(text)
     elif command == "save" and text and Path(text).expanduser().exists():
-        err.print(f"{text} exists: choose another file")
+        err.print(f"{text} exists already: choose another file")
     elif command == "save" and text:
         try:
             conversation.save(Path(text).expanduser())
@@ -94,6 +94,6 @@ def _obey(conversation: "Chat", command: str, text: str) -> bool:
         return False
     else:
         if command != "help":
-            err.print(f"/{command} is no command:")
+            err.print(f"/{command} is not a command. The commands are:")
         err.print(COMMANDS)
     return True

@@ -26,16 +26,17 @@ def complete_key(incomplete: str) -> list[str]:
 
 
 def complete_run(incomplete: str) -> list[str]:
-    """Return the run folders in the current folder that begin with ``incomplete``.
+    """Return the run folders whose path begins with ``incomplete``.
 
-    If there are none, return those in ``runs/``.
+    If there are none, put ``runs/`` before ``incomplete`` and search again: ``de`` ->
+    ``runs/demo``.
     """
     found = _paths(incomplete, "*/recipe.yaml") or _paths(f"runs/{incomplete}", "*/recipe.yaml")
     return [str(Path(path).parent) for path in found]
 
 
 def complete_run_or_key(incomplete: str) -> list[str]:
-    """Return the run folders and the ``data`` keys that begin with ``incomplete``."""
+    """Return the run folders and the keys of section ``data`` that begin with ``incomplete``."""
     keys = [key for key in complete_key(incomplete) if key.startswith("data.")]
     return [*complete_run(incomplete), *keys]
 

@@ -1,4 +1,4 @@
-"""Print to the standard output and standard error of the command line, also tables."""
+"""Print texts, tables and JSON to standard output and standard error."""
 
 import json
 import os
@@ -40,8 +40,9 @@ class _Output(FileIO):
 
 
 def protect_output() -> None:
-    """Replace stdout and stderr by streams that raise no errors: see :class:`_Output`.
+    """Replace stdout and stderr by streams that never raise an error.
 
+    Output that cannot be written, for example to a closed pipe, is dropped.
     If the encoding of the output lacks a character, the character is written as ``\\uXXXX``.
     """
     for name in ("stdout", "stderr"):
@@ -62,7 +63,7 @@ _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def harmless(text: str) -> str:
-    """Return ``text`` with all characters escaped that could control the terminal."""
+    """Return ``text`` with control characters escaped, so that it cannot control the terminal."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -75,7 +76,7 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> None
     """Print rows as aligned columns.
 
     Long values are printed in full. rich's tables would cut them to the width of the terminal.
-    ``right`` aligns all columns but the first to the right, for numbers.
+    ``right=True`` is for numbers: it aligns all columns except the first to the right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *rest in rows:
@@ -89,7 +90,7 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> None
 def print_before_after(
     before: Mapping[str, float], after: Mapping[str, float], metrics: "Sequence[Metric]"
 ) -> None:
-    """Print the held-out metrics before the training, and those of the saved adapter."""
+    """Print a table of the held-out metrics before the training and with the saved adapter."""
     table: list[tuple[str, ...]] = [("held-out pairs", "before", "after")]
     for metric in metrics:
         values = [found[f"eval_{metric.name}"] for found in (before, after)]
@@ -100,7 +101,7 @@ def print_before_after(
 
 
 def print_verdict(verdict: "Verdict") -> None:
-    """Print the scores of base, adapter and merged model on the same pairs, and the verdict."""
+    """Print how a merged model was verified: the scores of each model, and the outcome."""
     noun = "pair" if verdict.pairs == 1 else "pairs"
     kind = f"held-out {noun}" if verdict.held_out else f"training {noun} (none were held out)"
     rows = [(f"{verdict.pairs:,} {kind}", "reward accuracy", "margin", "log-prob of chosen")]
@@ -114,7 +115,7 @@ def print_verdict(verdict: "Verdict") -> None:
 
 
 def print_evaluation(evaluation: "Evaluation") -> None:
-    """Print the metrics of each model with their intervals, then each comparison in words."""
+    """Print a table of each model's metrics with intervals, then each comparison in words."""
     kind = "held-out pairs" if evaluation.held_out else "pairs"
     short = max(model.shorter_chosen.pairs for model in evaluation.models)
     head = ("reward accuracy", "margin", "log odds", "NLL", f"accuracy, chosen shorter ({short:,})")

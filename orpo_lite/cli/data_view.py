@@ -17,7 +17,7 @@ STYLES = {"prompt": "cyan", "response": "green", "end": "bold magenta", "cut": "
 def print_preview(
     figures: Mapping[str, Any], samples: Mapping[str, Any], warnings: Sequence[str], max_length: int
 ) -> None:
-    """Print the result of ``runs.inputs.preview``: one pair, the figures and the warnings."""
+    """Print what ``orpo_lite.runs.inputs.preview`` returns: a pair, statistics and warnings."""
     sample = samples["first"]
     out.print(f"\none pair, {sample['where']}, as the model sees it")
     if sample.get("dropped"):
@@ -68,7 +68,7 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
     lost_share = cut["responses_without_end_share"]
     _print_count(
         f"data.max_length={max_length} cuts {_percent(cut['pairs_share'])} of the pairs; "
-        f"{lost:,} of the responses ({_percent(lost_share)}) lose their end",
+        f"{lost:,} of the responses ({_percent(lost_share)}) lose their end token",
         lost_share >= MANY_WITHOUT_END,
     )
     for line in warning_lines(figures):
@@ -89,7 +89,7 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
 
 
 def _columns_line(columns: Mapping[str, Any]) -> str:
-    """Return a line that names the columns that are read, and those that are not."""
+    """Return a line that names the columns that are read and the columns that are not read."""
     read = [
         ours if ours == theirs else f"{ours} from {theirs}"
         for ours, theirs in columns["read"].items()
@@ -108,9 +108,9 @@ def _print_count(text: str, bad: bool) -> None:
 
 
 def print_pair(sample: Mapping[str, Any]) -> None:
-    """Print the prompt, the chosen reply and the rejected one, each with a title and a colour.
+    """Print the prompt, the chosen reply and the rejected reply, each with a title and a colour.
 
-    The prompt of the rejected reply is only printed if it differs from that of the chosen reply.
+    If the two replies have different prompts, print both prompts.
     """
     if "chosen" not in sample:
         out.print("  (the pair cannot be rendered)")
@@ -136,9 +136,9 @@ def _print_piece(title: str, kind: str, text: str, pieces: Mapping[str, str] | N
 
 
 def visible(text: str, shown: int = SHOWN) -> str:
-    """Return a text with control characters escaped, and with at most ``shown`` characters.
+    """Return a text with its control characters escaped.
 
-    The middle of a longer text is left out.
+    If the text has more than ``shown`` characters, its middle is left out.
     """
     if len(text) > shown:
         half = shown // 2

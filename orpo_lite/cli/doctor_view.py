@@ -16,7 +16,7 @@ PLAIN = {"ok": "ok", "warning": "warning", "fault": "FAULT"}
 def print_checks(checks: "Sequence[Check]") -> None:
     """Print a line for each check, with its fix below, and then a summary.
 
-    If the output's encoding has no signs such as ✓, words are printed instead.
+    If the encoding of the output lacks signs such as ✓, words are printed instead.
     """
     signs = SIGNS if out.encoding.startswith("utf") else PLAIN
     width = max(len(check.name) for check in checks)
@@ -29,7 +29,7 @@ def print_checks(checks: "Sequence[Check]") -> None:
 
 
 def summary(checks: "Sequence[Check]") -> str:
-    """Return one line: the number of faults and warnings, and the names of their checks."""
+    """Return a line that counts faults and warnings, such as ``1 fault (disk), no warnings``."""
     parts = []
     for state in ("fault", "warning"):
         names = [check.name for check in checks if check.state == state]

@@ -29,9 +29,9 @@ def merge_run(run: Path, **options: Any) -> None:
 
 
 def merge_if_changed(run: Path) -> None:
-    """Merge a run as :func:`merge_run` does. If the adapter changes nothing, print a line.
+    """Merge a run. If its adapter changes no weights, print a line instead of raising an error.
 
-    After a trial of one or two steps, the adapter may change nothing. Here this is not an error.
+    After a trial of one or two steps, the adapter may change no weights.
     """
     from orpo_lite.merging.merge import UnchangedError
 
@@ -44,7 +44,7 @@ def merge_if_changed(run: Path) -> None:
 def verify_run(run: Path, weights: "Weights", base_path: Path | None) -> None:
     """Compare the merged model with its base and adapter, and print the result.
 
-    Raises :class:`ModelError` if the merged model gives other log-probabilities.
+    Raises :class:`ModelError` if the merged model's log-probabilities differ too much.
     """
     from orpo_lite.api import verify_events
 
@@ -58,14 +58,14 @@ def verify_run(run: Path, weights: "Weights", base_path: Path | None) -> None:
     if verdict.outcome == "FAILED":
         raise ModelError(
             where=f"{run}, merged",
-            found=f"differs from base and adapter: {verdict.explanation}",
+            found=f"differs from the base with the adapter: {verdict.explanation}",
             expected="the log-probabilities of the base with the adapter",
             fix="please report this bug with the run's lock.json",
         )
 
 
 def verify_export(run: Path, folder: Path, weights: "Weights") -> None:
-    """Print the share of the adapter's gain that an exported file keeps. Warn below 90%."""
+    """Print what share of the adapter's gain an exported file keeps. Warn if it is below 90%."""
     from orpo_lite.api import verify_export_events
 
     kept, pairs = draw(verify_export_events(run, folder, weights=weights))
@@ -88,10 +88,10 @@ def push_run(run: Path, repository: str, **options: Any) -> None:
 
 
 def finish(recipe: "Recipe", result: "TrainResult") -> None:
-    """Print the results of a training; then merge and push if the recipe says so.
+    """Print the results of a training. Merge and push the adapter if the recipe says so.
 
-    The adapter is saved already. If the merge or the push fails, the message says where the adapter
-    is, and which commands are left to run.
+    The adapter is already saved. If the merge or the push fails, the message names the adapter's
+    folder and the commands that the person can still run.
     """
     from orpo_lite.demo import builtin_remark
     from orpo_lite.objectives.objective import find_objective
@@ -121,7 +121,7 @@ def finish(recipe: "Recipe", result: "TrainResult") -> None:
     minutes, seconds = divmod(round(result.seconds), 60)
     out.print(
         f"{result.steps} steps in {minutes}m{seconds:02d}s; "
-        f"every step is in {result.run}/metrics.jsonl"
+        f"the metrics of every step are in {result.run}/metrics.jsonl"
     )
     if recipe.output.report:
         out.print(f"curves, verdicts and answers: open {result.run}/report.html in a browser")
@@ -141,7 +141,7 @@ def _push_result(recipe: "Recipe", result: "TrainResult") -> None:
         )
     except OrpoLiteError as error:
         if isinstance(error, RecipeError | CheckpointError):
-            safe += f"; when that is fixed: {push_line(recipe, result)}"
+            safe += f"; after you have fixed this, run: {push_line(recipe, result)}"
         error.fix = reworded(error.fix, f"{error.fix}\n  {safe}" if error.fix else safe)
         raise
     except KeyboardInterrupt:
@@ -159,7 +159,7 @@ def push_line(recipe: "Recipe", result: "TrainResult") -> str:
 
 
 def _print_samples(result: "TrainResult") -> None:
-    """Print the answers to held-out prompts. If there are none, print those to neutral prompts."""
+    """Print the answers to held-out prompts; without them, the answers to neutral prompts."""
     shown = [sample for sample in result.samples if sample.source == "held-out"] or [
         *result.samples
     ]

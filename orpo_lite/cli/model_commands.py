@@ -20,8 +20,8 @@ def merge(
     base: Annotated[
         Literal["original", "dequantized"],
         typer.Option(
-            help="Weights to merge into: the base's 16-bit weights, or its 4-bit weights "
-            "converted back to 16 bit, as used in the training."
+            help="The weights to merge into. original: the base's 16-bit weights. dequantized: "
+            "the base's 4-bit weights of the training, converted back to 16 bit."
         ),
     ] = "original",
     verify: Annotated[
@@ -32,7 +32,7 @@ def merge(
         ),
     ] = False,
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest size of a weight file.")
+        str, typer.Option(metavar="SIZE", help="Largest size of one weight file.")
     ] = "5GB",
     base_path: Annotated[
         Path | None,
@@ -52,7 +52,8 @@ def push(
     repository: Annotated[
         str,
         typer.Argument(
-            metavar="REPO", help="owner/name. Without an owner, the repository is in your account."
+            metavar="REPO",
+            help="The repository, as owner/name. Without an owner, it is in your account.",
         ),
     ],
     merged: Annotated[
@@ -60,10 +61,11 @@ def push(
     ] = False,
     base: Annotated[
         Literal["original", "dequantized"],
-        typer.Option(help="With --merged: push the model of `merge --base` with this value."),
+        typer.Option(help="With --merged: push the model that `merge` made with this --base."),
     ] = "original",
     public: Annotated[
-        bool, typer.Option("--public", help="Make a new repository public. Default: private.")
+        bool,
+        typer.Option("--public", help="If the repository is new, make it public, not private."),
     ] = False,
     samples: Annotated[
         int,
@@ -80,7 +82,7 @@ def push(
         raise RecipeError(
             where="--base dequantized",
             found="is given without --merged",
-            expected="--merged too: --base chooses between two merged models",
+            expected="--merged as well, because --base chooses between two merged models",
             fix="add --merged",
         )
     options: dict[str, Any] = {
@@ -117,13 +119,14 @@ def export(
     ] = None,
     base: Annotated[
         Literal["original", "dequantized"],
-        typer.Option(help="Export the model that `merge --base` made with this value."),
+        typer.Option(help="Export the model that `merge` made with this --base."),
     ] = "original",
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Also measure with llama.cpp what share of the adapter's gain the file keeps.",
+            help="Also score pairs with llama.cpp, and print what share of the adapter's gain in "
+            "log odds the file keeps.",
         ),
     ] = False,
 ) -> None:
@@ -136,8 +139,8 @@ def export(
             raise RecipeError(
                 where="--verify",
                 found="is given together with --to vllm",
-                expected="--to gguf or --to ollama: vLLM serves the adapter unchanged",
-                fix="leave out --verify",
+                expected="--to gguf or --to ollama, because vLLM serves the adapter unchanged",
+                fix="remove --verify",
             )
         if verify:
             require_llama_cpp()

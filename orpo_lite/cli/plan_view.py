@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_memory_settings(recipe: "Recipe") -> None:
-    """Print how a step runs with the keys of ``memory``. They do not change its result."""
+    """Print how a step runs with the keys of ``memory``, which do not change the step's result."""
     from orpo_lite.recipe.schema import PLANNED_SETTINGS
 
     memory = recipe.memory.unplanned()
@@ -64,7 +64,7 @@ BAR = 40  # characters
 
 
 def print_plan(report: "PlanReport") -> None:
-    """Print the verdict, the memory of a step by part, the memory settings, and other GPUs."""
+    """Print a plan: the verdict, the memory of each part, the memory settings, and other GPUs."""
     from orpo_lite.recipe.text import gib, to_text
 
     plan, step = report.plan, report.plan.measured
@@ -119,8 +119,8 @@ def _print_parts(plan: "MemoryPlan") -> None:
     out.print(f"  {'total'.ljust(width)}  {gib(sum(size for _, size in rows)):>10}")
     if plan.needed > plan.peak + sum(plan.allowances.values()):
         out.print(
-            f"  loading the base needs more, {gib(plan.needed)}, "
-            "because its embedding is still on the GPU then"
+            f"  loading the base needs more memory, {gib(plan.needed)}, "
+            "because its embedding is on the GPU until the base is loaded"
         )
     if plan.measured.paged:
         out.print(

@@ -36,7 +36,7 @@ def draw(
     Args:
         updates: the generator of the running command.
         silent: show nothing.
-        plain: print plain lines on a terminal too.
+        plain: print plain lines, also on a terminal.
     """
     from orpo_lite.updates import run_to_end
 

@@ -9,18 +9,19 @@ from typing import Any
 
 
 def hush() -> None:
-    """Make libraries print only errors, in a command that does not import torch.
+    """Make libraries print only errors. Use it in a command that does not import torch.
 
-    Without this, libraries report each attempt to reach the hub. Other commands use :func:`quiet`.
+    Otherwise libraries print a message for each attempt to reach the hub. A command that imports
+    torch uses :func:`quiet`.
     """
     for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def is_first_process() -> bool:
-    """Return whether this is the first process of `accelerate launch`. Only that one prints.
+    """Return True in the first process of `accelerate launch`, and without `accelerate launch`.
 
-    Without `accelerate launch`, return True.
+    Only the first process prints.
     """
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
@@ -33,9 +34,9 @@ def quiet(*, computes: bool = True, reads_data: bool = True) -> Iterator[None]:
     progress bars. The bars of huggingface_hub are kept, because a download may take long.
 
     Args:
-        computes: False if the command computes nothing. bitsandbytes then does not import the
-            compiler of torch, and the command starts seconds earlier.
-        reads_data: False if the command reads no data. Then datasets is not imported.
+        computes: False if the command computes nothing. Then bitsandbytes does not import the
+            compiler of torch, and the command starts some seconds earlier.
+        reads_data: False if the command reads no data. Then the library datasets is not imported.
     """
     warnings.simplefilter("default")
     logging.captureWarnings(True)

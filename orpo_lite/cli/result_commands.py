@@ -1,4 +1,4 @@
-"""The commands that show what a training did: eval, report, generate, chat."""
+"""Define the commands that show what a training did: eval, report, generate and chat."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,13 +21,13 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="The folder of a finished run, a merged folder, or the name of a hub model.",
+        help="The folder of a finished run or of a merged model, or the name of a hub model.",
         autocompletion=complete_run,
     ),
 ]
 BasePath = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="The folder of the base, if it was moved."),
+    typer.Option(metavar="FOLDER", help="The folder of the base, if the base was moved."),
 ]
 
 
@@ -37,8 +37,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="RUN... [data.KEY=VALUE]...",
-            help="Folders of runs, merged folders or hub names. By default they are scored on the "
-            "pairs that the first run held out; data.dataset_name=PAIRS chooses other pairs.",
+            help="Folders of runs, folders of merged models, or hub names. They are scored on the "
+            "pairs that the first run held out, or on the pairs of data.dataset_name=PAIRS.",
             autocompletion=complete_run_or_key,
         ),
     ],
@@ -51,7 +51,7 @@ def evaluate(
     as_json: AsJson = False,
     base_path: BasePath = None,
 ) -> None:
-    """Tell whether a run is better than its base, on held-out pairs, with 95% intervals."""
+    """Show whether a run is better than its base on held-out pairs, with 95% intervals."""
     data = [word for word in models if "=" in word and not Path(word).exists()]
     names = [word for word in models if word not in data]
     with quiet():
@@ -79,7 +79,7 @@ def report(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The file to write. Default: RUN/report.html; for several runs ./report.html.",
+            help="The file to write. Default: RUN/report.html, or ./report.html for several runs.",
         ),
     ] = None,
     live: Annotated[
@@ -91,7 +91,9 @@ def report(
     port: Annotated[
         int | None,
         typer.Option(
-            min=1, max=65535, help="The port for --live. Default: 8790, or else a free port."
+            min=1,
+            max=65535,
+            help="The port for --live. Default: 8790 if it is free, else any free port.",
         ),
     ] = None,
 ) -> None:
@@ -99,16 +101,16 @@ def report(
     if port is not None and not live:
         raise RecipeError(
             where="--port",
-            found="given without --live",
-            expected="--port together with --live",
+            found="is given without --live",
+            expected="--live as well, because --port is the port of the live report",
             fix="add --live",
         )
     if to is not None and live:
         raise RecipeError(
             where="--to",
-            found="given together with --live",
-            expected="either --to or --live",
-            fix="remove --live",
+            found="is given together with --live",
+            expected="only one of --to and --live",
+            fix="remove --to or --live",
         )
     hush()
     if live:
@@ -151,28 +153,36 @@ def generate(
     ],
     grader: Annotated[
         Literal["alpaca_eval", "mt_bench", "ifeval", "jsonl"],
-        typer.Option("--for", help="The grader whose format the prompts and answers have."),
+        typer.Option(
+            "--for",
+            help="The grader whose format prompts and answers have. jsonl: no grader.",
+        ),
     ] = "jsonl",
     to: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The file to write. Default: a file in RUN/answers."),
     ] = None,
     adapter: Annotated[
-        Literal["on", "off"], typer.Option(help="off: the base of the run answers.")
+        Literal["on", "off"],
+        typer.Option(help="on: answer with the run's adapter. off: answer with its base."),
     ] = "on",
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Most tokens of an answer. Default: the limit of the format."
+            metavar="N",
+            help="Largest number of tokens in an answer. Default: the limit of the grader.",
         ),
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(metavar="T", help="0 is greedy. Default: the temperature of the format."),
+        typer.Option(
+            metavar="T",
+            help="The temperature of sampling; 0: no sampling. Default: the grader's temperature.",
+        ),
     ] = None,
     base_path: BasePath = None,
 ) -> None:
-    """Answer a file of prompts in batches. If it is stopped, run it again to continue."""
+    """Answer a file of prompts in batches. To continue a stopped command, run it again."""
     with quiet():
         from orpo_lite.api import generate_events
 
@@ -200,16 +210,23 @@ def generate(
 def chat(
     run: Model,
     compare: Annotated[
-        bool, typer.Option("--compare", help="The base answers too, before the trained model.")
+        bool,
+        typer.Option(
+            "--compare", help="Let the base answer each turn too, before the trained model."
+        ),
     ] = False,
-    system: Annotated[str, typer.Option(metavar="TEXT", help="The system text.")] = "",
-    temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.7,
+    system: Annotated[
+        str, typer.Option(metavar="TEXT", help="The system text of the conversation.")
+    ] = "",
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="The temperature of sampling; 0: no sampling.")
+    ] = 0.7,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Most tokens of an answer.")
+        int, typer.Option(metavar="N", help="Largest number of tokens in an answer.")
     ] = 512,
     base_path: BasePath = None,
 ) -> None:
-    """Chat with a run. Without a terminal, each line of the input is answered in turn."""
+    """Chat with a run. If the input is a file or a pipe, answer its lines one by one."""
     with quiet():
         from orpo_lite.api import chat_events
         from orpo_lite.evaluation.answers import check_decoding

@@ -45,7 +45,8 @@ def plan(
         bool,
         typer.Option(
             "--with-data",
-            help="Read the data and plan for its longest pairs, not for data.max_length.",
+            help="Read the data, and plan for its longest pairs instead of pairs of "
+            "data.max_length tokens.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -81,8 +82,8 @@ def data(
         raise RecipeError(
             where="--row",
             found="is given together with --json",
-            expected="only one of them: --json prints the figures of all rows",
-            fix="remove one of them",
+            expected="only one of --row and --json, because --json prints the figures of all rows",
+            fix="remove --row or --json",
         )
     chosen = choose_recipe(recipe, None, overrides or [], command="data")
     hush()
@@ -104,7 +105,8 @@ def doctor(
         bool,
         typer.Option(
             "--bug-report",
-            help="Print the results as text for an issue, without your name, paths and tokens.",
+            help="Print the results as text for a bug report, without your name, paths and "
+            "access tokens.",
         ),
     ] = False,
 ) -> None:
@@ -177,7 +179,7 @@ def recipes_cp(
             where=str(path),
             found="exists already",
             expected="a new file",
-            fix="remove it or choose another name",
+            fix="remove the file, or choose another name",
         )
     try:
         path.write_text(text, encoding="utf-8")
@@ -185,7 +187,7 @@ def recipes_cp(
         raise RecipeError(
             where=str(path),
             found=f"cannot be written ({error.strerror})",
-            expected="a folder that exists",
+            expected="a file that can be written, in a folder that exists",
         ) from None
     runnable = str(path) if "/" in str(path) else f"./{path}"
     out.print(f"wrote {path}; run it with: orpo-lite train --recipe {shlex.quote(runnable)}")

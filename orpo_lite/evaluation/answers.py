@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True)
 class GraderFormat:
-    """How the prompts of a grader are read and answered."""
+    """A grader's format: how prompts are read, and the defaults for answering them."""
 
     read: Callable[[Mapping[str, Any]], Question | None]
     """Return the question of a row, or None if the row has another form."""
@@ -184,8 +184,10 @@ def prepare_answers(
         grader: a key of :data:`FORMATS`.
         to: the file to write. None: a file in ``RUN/answers``.
         adapter: False: the base of the run answers, without the adapter.
-        max_new_tokens: most tokens of an answer. None: the limit of the grader's format.
-        temperature: 0 is greedy. None: the temperature of the grader's format.
+        max_new_tokens: largest number of tokens in an answer. None: the limit of the grader's
+            format.
+        temperature: the temperature of sampling. 0: no sampling. None: the temperature of the
+            grader's format.
         base_path: where the base of the run is now, if its folder was moved.
 
     Raises:
@@ -210,7 +212,7 @@ def prepare_answers(
     if to is None and found.run is None:
         raise RecipeError(
             where="--to",
-            found=f"not given, and {found.name} is not a run",
+            found=f"is not given, and {found.name} is not a run",
             expected="the name of the file to write",
             fix=f"--to answers{kind.suffix}",
         )
@@ -286,15 +288,17 @@ def check_decoding(max_new_tokens: int | None, temperature: float | None) -> Non
         raise RecipeError(
             where="--temperature",
             found=f"{temperature}",
-            expected="a number from 0 on (0 is greedy)",
+            expected="0 or more (0: no sampling)",
             fix="--temperature 0.7",
         )
 
 
 def read_questions(path: Path, grader: str) -> list[Question]:
-    """Return the questions of a file. Raise :class:`DataError` that names every wrong row."""
+    """Return the questions in a file. Raise one :class:`DataError` for all wrong rows."""
     if not path.is_file():
-        raise DataError(where=f"--prompts {path}", found="no such file", expected="a file of rows")
+        raise DataError(
+            where=f"--prompts {path}", found="no such file", expected="a file of prompts"
+        )
     faults: list[DataError] = []
     questions = []
     for where, row in read_file(File(path, path.name), faults):
@@ -313,7 +317,9 @@ def read_questions(path: Path, grader: str) -> list[Question]:
             questions.append(question)
     raise_all(faults)
     if not questions:
-        raise DataError(where=f"--prompts {path}", found="no row", expected="at least one prompt")
+        raise DataError(
+            where=f"--prompts {path}", found="has no rows", expected="at least one prompt"
+        )
     return questions
 
 
@@ -324,11 +330,11 @@ def _likely(row: Mapping[str, Any]) -> str:
 def write_answers(task: Task) -> Generator[Update, None, Answers]:
     """Answer the prompts of a task, and at the end write the file of answers atomically.
 
-    During the task the answers so far are in a hidden file in the same folder. If the command is
-    stopped at any point, the same command continues from there and gives the same file. A sampled
-    answer depends on :data:`SEED` and on its own prompt. If the template cannot render a prompt, or
-    the prompt is too long for the model, the answer is empty, because a grader expects an answer to
-    each prompt. A note tells how many answers are empty.
+    During the task, the finished answers are in a hidden file in the same folder. If the command is
+    stopped, run it again: it continues after these answers, and writes the same file as a command
+    that was not stopped. A sampled answer depends on :data:`SEED` and its own prompt. If the
+    template cannot render a prompt, or the prompt is too long for the model, the answer is empty,
+    because a grader expects an answer to each prompt. A note tells how many answers are empty.
     """
     if task.is_finished:
         yield Update("note", f"{task.to} has all answers already")

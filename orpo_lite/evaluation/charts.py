@@ -32,7 +32,7 @@ Better = Literal["low", "high", ""]
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: values by step."""
+    """A curve: one value for each step."""
 
     label: str
     steps: Sequence[int]
@@ -49,7 +49,7 @@ class Line:
 
     @property
     def smooth(self) -> tuple[Array, int]:
-        """The moving average of the values, and its width in steps (1: not smoothed)."""
+        """The moving average of the values, and its width in steps. Width 1: not smoothed."""
         values = np.asarray(self.values, np.float64)
         if self.held_out or len(values) < SMOOTHED_FROM:
             return values, 1
@@ -64,7 +64,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture of curves with the same axes."""
+    """Curves that are drawn in one picture with the same axes."""
 
     key: str
     """The chart's identifier in the page."""
@@ -112,9 +112,10 @@ class Chart:
         return sentences
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Return the header and the rows of a table with some of the values that are drawn.
+        """Return the header and the rows of a table with some of the drawn values.
 
-        The rows are the held-out evaluations if these are few, else evenly spaced steps.
+        Each row is a step. If there are 1 to ``2 * TABLE_ROWS`` held-out evaluations, the rows are
+        their steps and the first and last step. Otherwise the rows are evenly spaced steps.
         """
         steps = sorted({step for line in self.lines for step in line.steps})
         picked = np.unique(np.linspace(0, len(steps) - 1, min(TABLE_ROWS, len(steps))).astype(int))
@@ -129,9 +130,10 @@ class Chart:
 
 
 def extremes(steps: Sequence[int], values: Sequence[float] | Array) -> tuple[Array, Array]:
-    """Return a line with fewer points: first, last, and the lowest and highest of each part.
+    """Return the steps and values of a line, with fewer points if it is long.
 
-    A line of at most ``2 * DRAWN`` points is returned unchanged.
+    A line of more than ``2 * DRAWN`` points is divided into parts. The lowest and highest point of
+    each part are kept, and the first and last point of the line. A gap in the line is kept too.
     """
     x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
     if len(x) <= 2 * DRAWN:
@@ -148,7 +150,7 @@ def extremes(steps: Sequence[int], values: Sequence[float] | Array) -> tuple[Arr
 
 
 def draw(chart: Chart) -> str:
-    """Return a chart as an ``svg`` element without width and height; the page sets its size."""
+    """Return a chart as an ``svg`` element. The element has no size, because the page sets it."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -61,13 +61,13 @@ class Chat(AbstractContextManager["Chat"]):
         self.tokenizer.__exit__(*error)
 
     def reset(self, system: str | None = None) -> None:
-        """Forget all turns; with ``system`` also replace the system text."""
+        """Forget all turns. If ``system`` is given, also replace the system text."""
         self.system = self.system if system is None else system
         for speaker in self.speakers:
             speaker.history.clear()
 
     def prompt(self, speaker: Speaker, text: str) -> tuple[list[int], int]:
-        """Return the prompt's tokens for a turn of the user, and the number of dropped old turns.
+        """Return the prompt's tokens for a turn of the user, and the number of removed old turns.
 
         If there is too little room for an answer, the oldest turns and their answers are removed
         from the history.
@@ -91,7 +91,7 @@ class Chat(AbstractContextManager["Chat"]):
             return ids, dropped
         raise DataError(
             where="this turn",
-            found=f"it has {len(ids):,} tokens",
+            found=f"has {len(ids):,} tokens",
             expected=f"fewer than the model's {self.answerer.positions:,} positions",
         )
 
@@ -114,7 +114,7 @@ class Chat(AbstractContextManager["Chat"]):
             ]
 
     def save(self, file: Path) -> None:
-        """Write the conversation as JSON. Raise CheckpointError or FitError if that fails."""
+        """Write the conversation as JSON. Raise CheckpointError or FitError if this fails."""
         turns = {speaker.name: self._messages(speaker) for speaker in self.speakers}
         settings = {"model": self.opened.name, "temperature": self.decoding.temperature}
         write_text(file, to_json({**settings, "conversations": turns}))

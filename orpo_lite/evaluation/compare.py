@@ -1,12 +1,15 @@
 """Compare the scores of models on the same pairs: a table, differences, and an outcome in words.
 
-Reward accuracy decides whether a model is better. It is the only metric in which every pair counts
-the same. Margin and log odds also rise if a model becomes surer of pairs that it already had right,
-and the NLL ignores the rejected replies. The log odds, which ORPO trains, cannot decide. They can
-only change the outcome to "cannot tell": if their interval excludes 0 on the opposite side of the
-accuracy's interval. If the log odds exclude 0 and the accuracy does not, the text says so. Only one
-metric decides. So two equal models are called different in 5% of the cases, as a 95% interval
-promises.
+Reward accuracy decides whether a model is better, because it is the only metric in which every pair
+counts the same. Margin and log odds also rise if a model becomes surer of pairs that it already
+ranked correctly. The NLL ignores the rejected replies.
+
+ORPO trains the log odds, but they do not decide. They change the outcome to "cannot tell" if the
+differences in log odds and in accuracy are both clear (their intervals exclude 0) and have opposite
+signs. If only the difference in log odds is clear, the text says so.
+
+Because one metric decides, two equal models are called different in 5% of the cases, as a 95%
+interval promises.
 """
 
 import math
@@ -69,7 +72,10 @@ class ShorterChosen:
 
 @dataclass(frozen=True)
 class ShorterDifference:
-    """Two models compared on the pairs whose chosen reply has fewer tokens than the rejected."""
+    """The comparison of two models on some of the pairs.
+
+    These are the pairs whose chosen reply has fewer tokens than the rejected reply.
+    """
 
     pairs: int
     prompts: int
@@ -92,7 +98,7 @@ class ModelScores:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of ``model`` with ``against``."""
+    """The comparison of the model ``model`` with the model ``against``."""
 
     model: str
     against: str
@@ -122,7 +128,7 @@ class LengthRule:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The content of verdict.json and eval.json."""
+    """The result of an evaluation: the content of verdict.json or eval.json."""
 
     pairs: int
     prompts: int
@@ -269,13 +275,13 @@ class _Judged:
 
     @property
     def is_equal(self) -> bool:
-        """Whether all scores are equal: the models are one, and the difference is exactly 0."""
+        """True if all scores are equal. Then the difference is exactly 0."""
         means = self.differences.values()
         return not any(mean.resampled_B.any() or mean.value for mean in means)
 
     @property
     def contradicts(self) -> bool:
-        """Whether the differences of accuracy and log odds are both clear and of opposite sign."""
+        """True if the differences in accuracy and log odds are clear and have opposite signs."""
         accuracy, odds = self.intervals.accuracy, self.intervals.log_odds
         is_clear = accuracy.excludes_zero() and odds.excludes_zero()
         return is_clear and (self.differences["accuracy"].value > 0) != (
@@ -331,13 +337,13 @@ def _verdict(judged: _Judged) -> str:
         return f"{judged.outcome} by reward accuracy, {text}"
     text = f"cannot tell by reward accuracy, {text}"
     if judged.prompts < FEWEST_PROMPTS:
-        text += f" Fewer than {FEWEST_PROMPTS} prompts cannot tell."
+        text += f" At least {FEWEST_PROMPTS} prompts are needed to tell."
     if judged.contradicts:
-        return f"{text} The log odds clearly go the other way."
+        return f"{text} The log odds clearly change in the opposite direction."
     needed = judged.needed
     if needed is None:
         return text
-    return f"{text} If the difference is as large as it looks, about {_rounded(needed)} would tell."
+    return f"{text} To show a difference of this size, about {_rounded(needed)} are needed."
 
 
 def _odds(judged: _Judged) -> str:
@@ -348,7 +354,7 @@ def _odds(judged: _Judged) -> str:
         return ""
     verb = "rise" if odds.value > 0 else "fall"
     return (
-        f"The log odds do tell: they {verb} by {abs(odds.value):.3g} "
+        f"The log odds clearly differ: they {verb} by {abs(odds.value):.3g} "
         f"({LEVEL:.0%} interval {odds.low:+.3g} to {odds.high:+.3g})."
     )
 

@@ -64,17 +64,17 @@ def evaluate(
 
     Args:
         models: run folders, merged folders, other model folders of transformers, or hub names.
-        data: texts ``"data.key=value"`` that choose other pairs. By default the pairs are those
-            that the first run held out. If ``data.dataset_name`` is given, the pairs are the
-            held-out split of that dataset, or all of its rows if it has no such split.
+        data: texts ``"data.key=value"`` that choose other pairs. Default: the pairs that the first
+            run held out. If ``data.dataset_name`` is given, the held-out split of this dataset is
+            scored. If it has no such split, all of its rows are scored.
         against: the model to compare with: a name as in ``models``, or ``"base"`` for the base of
             each run. None: each run is compared with its base, and other models are only scored.
         base_path: where the base of the runs is now, if its folder was moved.
 
     Raises:
         RecipeError: there are no pairs to score, or a text in ``data`` is not ``data.key=value``.
-        CheckpointError: a run is not finished, or its data changed; or ``against`` is ``"base"``
-            and a model has no adapter.
+        CheckpointError: a run is not finished, its data changed, or no pair fits all models. Or
+            ``against`` is ``"base"`` and a model has no adapter.
         FitError: the GPU has too little memory.
         OrpoLiteError: a model or the data cannot be read.
     """
@@ -166,13 +166,13 @@ def _find_pairs(
 ) -> Generator[Update, None, tuple[dict[str, _Pairs], str, bool]]:
     """Return each model's pairs, the name of the pairs, and whether they are held out.
 
-    They are held out if it is known that no run was trained on a prompt of them.
+    The pairs are held out if it is known that no run was trained on one of their prompts.
     """
     first = next((model for model in found.values() if model.run), None)
     if first is None and DATASET not in changed:
         raise RecipeError(
             where=", ".join(found),
-            found="no pairs to score: only a run has held-out pairs",
+            found="no pairs to score, because none of these models is a run with held-out pairs",
             expected="data.dataset_name=PAIRS",
             fix="add data.dataset_name=PAIRS, where PAIRS is a file, a folder or a hub dataset",
         )
@@ -200,8 +200,8 @@ def _find_pairs(
     if not common:
         raise CheckpointError(
             where=", ".join(found),
-            found="no pair fits into data.max_length with all of the models",
-            expected="the same pairs for all models",
+            found="no pair fits into data.max_length for all models",
+            expected="at least one pair that all models can score",
             fix="choose other pairs with data.dataset_name, or a larger data.max_length",
         )
     pairs_of = {}
@@ -275,8 +275,8 @@ def _compare_prompts(
 ) -> Generator[Update, None, bool]:
     """Yield a note on each run that was trained on some of the prompts.
 
-    Return True if it is known that no run was trained on one of them. If no run is scored, this is
-    not known.
+    Return True if it is known that no run was trained on any of these prompts. If no run is scored,
+    this is not known.
     """
     is_held_out = any(model.run for model in found.values())
     for name, model in found.items():

@@ -1,4 +1,4 @@
-"""Compute how much of an adapter's gain is kept in a merged model or in an exported file."""
+"""Compute the share of an adapter's gain that a merged model or an exported file keeps."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Kept:
     share: Interval
     """The model's gain divided by the trained adapter's gain. 1 means that nothing is lost."""
     is_known: bool
-    """False if the trained adapter's gain may be 0: then its share means nothing."""
+    """False if the trained adapter's gain may be 0. Then ``share`` has no meaning."""
 
     @property
     def is_enough(self) -> bool:
@@ -34,7 +34,7 @@ class Kept:
 
     @property
     def text(self) -> str:
-        """The share in words."""
+        """The share and its interval as text, such as ``98.1% (95.0% to 101.2%)``."""
         value, low, high = self.share.value, self.share.low, self.share.high
         if not self.is_known or value is None or low is None or high is None:
             gain = "unknown" if self.gain.value is None else f"{self.gain.value:+.3f}"

@@ -28,8 +28,8 @@ HELD_OUT_RISE = 0.02
 """A run over-fits if its held-out loss is this much (relative) above its lowest value, twice in a
 row. OURS."""
 STILL_HIGH = 0.9
-"""If the last held-out loss keeps less than this share of the highest rise, it is falling again.
-OURS."""
+"""The held-out loss is falling again if its last rise above the lowest value is at most this share
+of its highest rise. OURS."""
 CHOSEN_NEAR_0 = -0.1
 """A chosen log-prob above this is near 0: a token has a probability above 0.9 on average. The
 authors say 0."""
@@ -39,14 +39,14 @@ SINK = 0.1
 """Both log-probs sink if each falls by this many nats (10% of a token's probability). OURS. The
 authors' experience, and Figs 7 and 9 of the paper: λ = 1 sinks both, λ = 0.1 keeps them close."""
 STRONG_BETA = 0.1
-"""A λ that keeps the log-probs close to their start, by the authors. The paper trains Mistral with
-it."""
+"""According to the authors, this λ keeps the log-probs close to their start. The paper trains
+Mistral with it."""
 FLAT_LOSS = 0.01
 """A loss that falls by less than this (relative) counts as not fallen. OURS."""
 FLAT_ODDS = 0.02
 """Log odds that rise by less than this count as not risen. 0.02 means 2% higher odds. OURS."""
 HIGH_START = 0.75
-"""An accuracy from this value on, before the first step, is high. A base starts near 0.5 to 0.6.
+"""Before the first step, an accuracy of this value or more is high. A base starts near 0.5 to 0.6.
 The authors say that a high value means patterned data, but name no number. The number is OURS."""
 LENGTH_MATTERS = 0.65
 """If a rule that only looks at length has this accuracy, length says much about the pairs. OURS."""
@@ -63,9 +63,9 @@ class Finding:
     title: str
     gravity: Gravity
     reason: str
-    """The figures of this run that lead to the verdict, as sentences."""
+    """Sentences with the numbers of this run that led to the verdict."""
     rule: str
-    """When this verdict is given, for any run."""
+    """A text that says when a run gets this verdict."""
     source: str
     """Where the threshold of the rule comes from."""
     advice: str
@@ -87,7 +87,7 @@ class Curves:
     data: Mapping[str, Any]
     """The content of data.json, or {}."""
     length_rule: float | None
-    """Accuracy of a rule that prefers replies only by length, in 0 to 1. None if unknown."""
+    """Accuracy (0 to 1) of a rule that looks only at the length of replies. None if unknown."""
 
     @classmethod
     def of(
@@ -96,7 +96,7 @@ class Curves:
         settings: Mapping[str, Any],
         data: Mapping[str, Any] | None = None,
     ) -> "Curves":
-        """Divide the rows of metrics.jsonl into rows of training and rows of evaluations."""
+        """Create curves from the rows of metrics.jsonl, the settings, and data.json."""
         held_out = [
             {key.removeprefix("eval_"): value for key, value in row.items()}
             for row in rows
@@ -106,15 +106,15 @@ class Curves:
         return cls(train, held_out, settings, data or {}, _length_rule(data or {}))
 
     def windows(self, name: str) -> "Windows | None":
-        """Return a training metric's means over windows of steps, or None if steps are too few."""
+        """Return the means of a training metric over windows of steps; None for too few steps."""
         values = [float(row[name]) for row in self.train if _is_finite(row.get(name))]
         return Windows.of(values) if len(values) >= LEAST_STEPS else None
 
     def change(self, name: str) -> "Change | None":
         """Return how a metric changed from the start of the training to its end.
 
-        It is measured on held-out pairs if they were evaluated before the first step, else on
-        training pairs. None if there are too few steps for that.
+        If held-out pairs were evaluated before the first step, the change is measured on them.
+        Otherwise it is measured on training pairs, or None is returned if the steps are too few.
         """
         values = [float(row[name]) for row in self.held_out if _is_finite(row.get(name))]
         if len(values) >= 2 and self.held_out[0].get("step") == 0:
@@ -135,9 +135,10 @@ class Windows:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Windows":
-        """Divide a series into windows of equal length, the last of which ends with the series.
+        """Divide a series into windows of equal length.
 
-        A window has a tenth of the values, but at least 3 and at most 100.
+        A window has a tenth of the values, but at least 3 and at most 100. The last window ends
+        with the series. Values at the start that do not fill a window are left out.
         """
         size = min(max(3, len(values) // 10), 100)
         ends = range(len(values), size - 1, -size)
@@ -167,7 +168,7 @@ class Change:
 
 
 def find_health(curves: Curves) -> list[Finding]:
-    """Return the verdicts on a run, the gravest first. There is at least one."""
+    """Return the verdicts on a run, the most serious first. There is at least one."""
     found = [finding for rule in RULES if (finding := rule(curves))]
     if any(finding.name == "diverging" for finding in found):
         # The other verdicts are consequences of the divergence, except the one on the data.
@@ -175,7 +176,7 @@ def find_health(curves: Curves) -> list[Finding]:
     return found or [_healthy(curves)]
 
 
-# --- the rules, the gravest first
+# --- the rules, the most serious first
 
 
 def diverging(curves: Curves) -> Finding | None:
@@ -200,7 +201,7 @@ def diverging(curves: Curves) -> Finding | None:
         "Diverging",
         "serious",
         reason,
-        f"The loss is not finite, or its mean ends over {RISE:.0%} above its lowest mean.",
+        f"The loss is not finite, or its last mean is over {RISE:.0%} above its lowest mean.",
         OURS,
         "Train again with a fifth of the learning rate. If this run has held-out pairs, it keeps "
         "the adapter of its best evaluation.",
@@ -209,7 +210,11 @@ def diverging(curves: Curves) -> Finding | None:
 
 
 def over_fitting(curves: Curves) -> Finding | None:
-    """Return a finding if the log-probs show the authors' pattern, or the held-out loss rises."""
+    """Return a finding if the model fits the training pairs too closely.
+
+    The signs: the chosen log-prob is near 0 and the rejected one is low (named by the authors of
+    ORPO), or the held-out loss rises.
+    """
     reasons = []
     chosen, rejected = curves.windows("logps/chosen"), curves.windows("logps/rejected")
     if chosen and rejected:
@@ -247,7 +252,10 @@ def over_fitting(curves: Curves) -> Finding | None:
 
 
 def both_sink(curves: Curves) -> Finding | None:
-    """Return a finding if both log-probs fall, because the odds-ratio loss outweighs the NLL."""
+    """Return a finding if the log-probs of the chosen and of the rejected answers both fall.
+
+    Then the odds-ratio loss outweighs the NLL.
+    """
     chosen, rejected = curves.change("logps/chosen"), curves.change("logps/rejected")
     if not chosen or not rejected:
         return None
@@ -299,8 +307,8 @@ def not_learning(curves: Curves) -> Finding | None:
     )
 
 
-def data_gives_itself_away(curves: Curves) -> Finding | None:
-    """Return a finding if surface features such as length are enough to sort the pairs."""
+def too_easy_data(curves: Curves) -> Finding | None:
+    """Return a finding if the base, or a rule on length, already sorts the pairs well."""
     reasons = []
     first, pairs, where = _accuracy_before(curves)
     if first is not None and first >= HIGH_START and _lower_bound(first, pairs) > LENGTH_MATTERS:
@@ -319,7 +327,7 @@ def data_gives_itself_away(curves: Curves) -> Finding | None:
         return None
     return Finding(
         "data",
-        "The data gives itself away",
+        "The data is too easy",
         "warning",
         " ".join(reasons),
         f"The accuracy is at least {HIGH_START:.0%} before the first step. Or a rule that only "
@@ -355,7 +363,7 @@ RULES: tuple[Callable[[Curves], Finding | None], ...] = (
     over_fitting,
     not_learning,
     both_sink,
-    data_gives_itself_away,
+    too_easy_data,
     too_few_steps,
 )
 
@@ -369,7 +377,7 @@ def _healthy(curves: Curves) -> Finding:
         "Healthy",
         "good",
         reason,
-        "No other verdict holds.",
+        "No other verdict applies.",
         "the rules in docs/report.md",
         "Nothing to do.",
         {},
@@ -393,7 +401,8 @@ def _rate(curves: Curves, factor: float) -> float:
 def _shorter(curves: Curves, best: object) -> dict[str, Any]:
     """Return settings for a shorter training.
 
-    It ends at the best evaluation if there is one after step 0, else at half of the steps.
+    It ends at the step of the best evaluation. Without an evaluation after step 0, it has half of
+    the steps.
     """
     last = curves.train[-1].get("step") if curves.train else None
     steps = best if isinstance(best, int) and best > 0 else (last or 2) // 2

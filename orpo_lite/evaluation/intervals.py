@@ -60,11 +60,11 @@ class Mean:
     def interval(self) -> Interval:
         """Return the value with its 95% interval.
 
-        The interval covers two others: the percentile interval of the bootstrap, and the t-interval
-        of the jackknife. The percentile interval follows a skewed distribution, but it is too
-        narrow for a share on few prompts. In simulations with 10 prompts it contained the true
-        value in 87% of the cases, and a BCa interval in fewer. The t-interval contained it in 96%.
-        With 100 prompts the two are nearly the same.
+        The interval contains two others: the percentile interval of the bootstrap, and the
+        t-interval of the jackknife. The percentile interval follows a skewed distribution, but it
+        is too narrow for a share on few prompts. In simulations with 10 prompts, the percentile
+        interval contained the true value in 87% of the cases, a BCa interval in fewer cases, and
+        the t-interval in 96%. With 100 prompts, the two intervals are nearly the same.
         """
         prompts = len(self.without_M)
         if prompts == 0 or not math.isfinite(self.value):
@@ -90,7 +90,7 @@ class Mean:
 def mean_over_pairs(
     numerators_KP: Numbers, denominators_KP: Numbers, prompts_P: Sequence[Hashable]
 ) -> list[Mean]:
-    """Return K means over P pairs: for each, sum of the numerators / sum of the denominators.
+    """Return K means over P pairs. Each is a sum of numerators divided by a sum of denominators.
 
     Args:
         numerators_KP: what each pair adds to the numerator of each mean.
@@ -121,10 +121,10 @@ def mean_over_pairs(
 
 
 def share_interval(mean: Mean) -> Interval:
-    """Return a share of pairs with its 95% interval, within 0 and 1.
+    """Return a share of pairs with its 95% interval, which lies between 0 and 1.
 
-    If the share is 0 or 1, all resamples are equal to it. The other end of the interval is then
-    the end of the exact binomial interval for as many trials as there are prompts.
+    If the share is 0 or 1, all resamples have the same share. Then one end of the interval is the
+    share, and the other end is taken from the exact binomial interval. A prompt counts as a trial.
     """
     found, prompts = mean.interval(), len(mean.without_M)
     if found.value is None or found.low is None or found.high is None:
@@ -136,11 +136,12 @@ def share_interval(mean: Mean) -> Interval:
 
 
 def share_difference(mean: Mean) -> Interval:
-    """Return a difference of two shares with its 95% interval, within -1 and 1.
+    """Return a difference of two shares with its 95% interval, which lies between -1 and 1.
 
-    If it is the same for each prompt, all resamples are equal to it. The interval then covers what
-    other prompts could change: as many of them as the exact binomial interval allows differ from
-    the observed ones, by as much as possible.
+    If each prompt has the same difference, all resamples have it too. Then the interval is computed
+    for the worst case. The exact binomial interval gives the largest share of prompts that may have
+    another difference. For them, the difference is assumed to be -1 at the lower end of the
+    interval, and 1 at the upper end.
     """
     found, prompts = mean.interval(), len(mean.without_M)
     if found.value is None or found.low is None or found.high is None:
@@ -174,12 +175,13 @@ def resample_sums(sums_MS: Numbers) -> Numbers:
 def pairs_needed(mean: Mean, pairs: int) -> int | None:
     """Return how many pairs are needed to show that a difference is not 0.
 
-    The true difference is assumed to be as large as the observed one. With so many pairs the 95%
-    interval excludes 0 with a probability of 80%. None if the observed difference is 0 or unknown.
+    The true difference is assumed to be as large as the observed one. With the returned number of
+    pairs, the 95% interval excludes 0 with a probability of 80%. Return None if the observed
+    difference is 0 or unknown.
 
     Args:
         mean: the observed difference.
-        pairs: the number of pairs that it was observed on.
+        pairs: the number of pairs on which the difference was observed.
     """
     error = mean.standard_error()
     if mean.value == 0 or not math.isfinite(error):
@@ -190,9 +192,10 @@ def pairs_needed(mean: Mean, pairs: int) -> int | None:
 
 
 def t_quantile(freedom: int) -> float:
-    """Return the two-sided 95% quantile of Student's t distribution with ``freedom`` degrees.
+    """Return the two-sided 95% quantile of Student's t with ``freedom`` degrees of freedom.
 
-    It uses the approximation of Wallace (1959). Its error is below 1% from 4 degrees of freedom on.
+    The approximation of Wallace (1959) is used. With 4 or more degrees of freedom, its error is
+    below 1%.
     """
     normal = NormalDist().inv_cdf((1 + LEVEL) / 2) * (8 * freedom + 3) / (8 * freedom + 1)
     return math.sqrt(freedom * math.expm1(normal**2 / freedom))

@@ -1,4 +1,4 @@
-"""Judge a training: compare the scores before the training with those of the kept adapter."""
+"""Judge a training: compare the kept adapter with the model before the training."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ BASE, START, TUNED = "base", "the adapter it started from", "tuned"
 
 
 def judge_training(recipe: Recipe, pairs: TokenizedPairs, path: Path, kept: int) -> Evaluation:
-    """Compare the adapter of step ``kept`` with the start of the training; write verdict.json.
+    """Compare the kept adapter with the model before the training, and write verdict.json.
 
     Args:
         recipe: the recipe of the run.

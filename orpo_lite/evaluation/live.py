@@ -29,7 +29,7 @@ POLL = 0.5  # seconds
 
 
 class LivePage:
-    """The page of some runs. It is made again when a file of a run has changed."""
+    """The report of some runs as a web page. If a file of a run changes, the page is made again."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -38,7 +38,7 @@ class LivePage:
         self._version, self._page, self._body = "", "", ""
 
     def read(self) -> tuple[str, str, str]:
-        """Return the version, the whole page, and the body that the page's script replaces.
+        """Return the page's version, the page, and its body, which the page's script replaces.
 
         Raises:
             OrpoLiteError: a run cannot be read; see :func:`orpo_lite.evaluation.report.report`.
@@ -130,7 +130,7 @@ def live_events(
 
     Args:
         run_folders: the runs to show.
-        port: the port. None: :data:`PORT` if it is free, else any free port.
+        port: the port of the server. None: :data:`PORT` if it is free, else any free port.
 
     Raises:
         CheckpointError: a folder is not a run.
@@ -141,14 +141,15 @@ def live_events(
         server.timeout = POLL
         yield Update("stage", "drawing the report")
         page.read()
-        yield Update(
-            "note", f"the report is on http://{HOST}:{server.server_port} (Ctrl-C ends it)"
-        )
+        address = f"http://{HOST}:{server.server_port}"
+        yield Update("note", f"the report is on {address} (press Ctrl-C to stop)")
         finished = False
         while True:
             server.handle_request()
             if page.is_finished and not finished:
-                yield Update("note", "the run has finished; Ctrl-C ends the page")
+                yield Update(
+                    "note", "the training has ended; press Ctrl-C to stop serving the report"
+                )
             finished = page.is_finished
 
 

@@ -68,10 +68,10 @@ class OpenRun(FoundModel):
     model: PairModel
     """``model.without_adapter()`` switches the adapter off. Without an adapter it does nothing."""
     tokenizer: Any
-    """The tokenizer. Its chat template is the run's, or the one that a training would choose."""
+    """Its chat template is the run's. Without a run, it is the one that a training would choose."""
 
     def prompt_tokenizer(self) -> PromptTokenizer:
-        """Return a tokenizer of conversations. It uses the chat template and has no length limit.
+        """Return a tokenizer for conversations. It uses the chat template and has no length limit.
 
         Use it as a context manager.
         """
@@ -84,7 +84,7 @@ class OpenRun(FoundModel):
     def answerer(self, end_id: int) -> Answerer:
         """Return an :class:`Answerer` of this model. ``end_id`` is the token that ends an answer.
 
-        Other ending tokens come from the generation config.
+        The generation config may name more tokens that end an answer.
         """
         generation, _ = read_generation_config(self.files)
         return Answerer(self.model, with_ends(generation, end_id, pad_id(self.tokenizer)))
@@ -119,12 +119,12 @@ def find_model(
     Args:
         name: a run folder; ``RUN/merged`` or any other model folder of transformers; or a hub name.
         base_path: where the base of the run is now, if its folder was moved.
-        command: the command of orpo-lite that an error's fix repeats.
+        command: the command of orpo-lite that the fixes in errors show.
 
     Raises:
         CheckpointError: there is no such folder, or its training or merge is not finished.
-        ModelError: the folder is not a causal model; or the base is missing, or is not the base
-            of the training.
+        ModelError: the folder has no causal model, or a run's base is missing or is not the base of
+            the training.
         HubError: the hub has no such model, or is unreachable.
     """
     path = Path(name).expanduser()
@@ -193,7 +193,7 @@ def load_model(found: FoundModel) -> OpenRun:
             where=f"tokenizer in {found.files}",
             found="has no chat template",
             expected="the chat template of the training",
-            fix="restore the files that the training wrote",
+            fix="restore the files that the training wrote to this folder",
         )
     with explain_out_of_memory(f"loading {found.name}", "enough memory for the weights"):
         if found.adapter:

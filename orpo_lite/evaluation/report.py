@@ -35,7 +35,7 @@ class Spec(NamedTuple):
 
 
 SPECS = (
-    Spec("loss", "Loss", "The training minimises it: the NLL plus λ times the odds-ratio loss.",
+    Spec("loss", "Loss", "What the training minimises: the NLL plus λ times the odds-ratio loss.",
          {"loss": ""}, "low"),
     Spec("nll", "NLL of the chosen answers", "Mean negative log-likelihood of a token.",
          {"nll_loss": ""}, "low"),
@@ -60,11 +60,11 @@ MEMORY = Spec(
 
 @dataclass(frozen=True)
 class ReportResult:
-    """A report that was written."""
+    """The result of writing a report."""
 
     file: Path
     health: Mapping[str, Sequence[Finding]]
-    """Run folder -> verdicts on its curves, the gravest first."""
+    """Run folder -> verdicts on its curves, the most serious first."""
     verdicts: Mapping[str, Sequence[str]]
     """Run folder -> sentences that say whether the model got better; [] without an evaluation."""
     notes: Sequence[str]
@@ -74,14 +74,14 @@ class ReportResult:
 def report(
     *run_folders: str | Path, to: str | Path | None = None, data_texts: bool = True
 ) -> ReportResult:
-    """Write one HTML file about one run, or about several runs in the same charts.
+    """Write an HTML report on one run, or on several runs with their curves in the same charts.
 
     Args:
         run_folders: folders of runs. A run may still be training.
         to: the file to write. None: report.html in the run folder, or in the current folder if
             there are several runs.
-        data_texts: True: show the paths, and prompts of the data with their answers. False: leave
-            them out, for a copy that others see.
+        data_texts: False: leave out all paths, and the prompts of the data with their answers. Use
+            it for a copy that other people will see.
 
     Raises:
         CheckpointError: a folder is not a run, or the file cannot be written.
@@ -107,7 +107,7 @@ def report(
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Read 1 to :data:`MOST_RUNS` runs. Raise :class:`RecipeError` for another number of them."""
+    """Read 1 to :data:`MOST_RUNS` runs. Raise :class:`RecipeError` for fewer or more."""
     if not 0 < len(paths) <= MOST_RUNS:
         raise RecipeError(
             where="orpo-lite report",
@@ -126,7 +126,7 @@ def make_page(records: Sequence[RunRecord], *, data_texts: bool = True) -> str:
 def make_body(
     records: Sequence[RunRecord], *, data_texts: bool = True, live: bool = False
 ) -> Markup:
-    """Return the visible content of the page. The script of a live page replaces it."""
+    """Return the visible content of the page. On a live page, a script replaces it."""
     # matplotlib escapes the texts in its pictures.
     charts = [_with_picture(chart, Markup(draw(chart))) for chart in make_charts(records)]  # noqa: S704
     labels = _labels(records)
@@ -147,7 +147,7 @@ def make_body(
 
 
 def wrap_body(body: Markup, records: Sequence[RunRecord], *, live: bool = False) -> str:
-    """Return the whole page around its body. Only a page with ``live`` has a script."""
+    """Return the whole page with the given body. Only a page with ``live=True`` has a script."""
     return _render("report.html", title=_title(records), body=body, live=live)
 
 

@@ -1,4 +1,4 @@
-"""Read the content of a run folder for the report. The run may be training, or partly damaged."""
+"""Read a run folder for the report. The run may still be training, or have damaged files."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,8 @@ from orpo_lite.runs.lock import read_lock, read_recipe
 from orpo_lite.runs.records import RESULT, Sample, read_json, read_samples, readable_metrics
 
 TRAINED_ON = (
-    "The run was trained on prompts of these pairs, or this is not known: it may look too good."
+    "The run was trained on prompts of these pairs, or may have been. So its results may look too "
+    "good."
 )
 NOT_FINISHED = "The training has not ended. If it was stopped, continue it."
 VERDICTS = {"verdict.json": "At the end of the training", "eval.json": "Evaluated later"}
@@ -27,7 +28,7 @@ VERDICTS = {"verdict.json": "At the end of the training", "eval.json": "Evaluate
 
 @dataclass
 class RunRecord:
-    """The content of a run folder. A file that cannot be read is left out, with a note."""
+    """The content of a run folder, with a note for each file that cannot be read."""
 
     path: Path
     lock: Mapping[str, Any]
@@ -107,7 +108,7 @@ class RunRecord:
 
     @property
     def is_finished(self) -> bool:
-        """True if the training has ended and made no further step since then."""
+        """True if the training has ended, and was not continued after that."""
         return self.result.get("steps") == self.steps
 
     @property
@@ -156,7 +157,7 @@ class RunRecord:
 
     @property
     def kept(self) -> Mapping[str, Any]:
-        """The metrics of the kept adapter's evaluation; during the run, of the last evaluation."""
+        """The held-out metrics of the kept adapter; during a run, the last held-out metrics."""
         kept = self.result.get("kept_step") if self.is_finished else None
         return self.held_out(kept if isinstance(kept, int) else None) or self.held_out(None)
 
@@ -173,14 +174,14 @@ class RunRecord:
 
 
 def default(key: str) -> Any:
-    """Return the default of a ``section.key``; None if it has none."""
+    """Return the default value of a recipe key ``section.key``, or None if there is none."""
     section, _, name = key.partition(".")
     fields = SECTIONS[section].model_fields if section in SECTIONS else {}
     return fields[name].default if name in fields else None
 
 
 def rows_of(value: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """Return the objects in the list ``value[key]``; [] if it is not a list."""
+    """Return the dicts in the list ``value[key]``, or [] if ``value[key]`` is not a list."""
     rows = value.get(key)
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
@@ -199,7 +200,7 @@ def _is_current(found: Mapping[str, Any], path: Path, notes: list[str]) -> bool:
 
 
 def _about_run(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return an evaluation with only the comparisons of this run, and with what limits them."""
+    """Return an evaluation with only the comparisons of this run, and with a warning if needed."""
     rows = [dict(row) for row in rows_of(found, "comparisons")]
     if "run" in found:
         rows = [row for row in rows if row.get("model") == found["run"]]

@@ -23,7 +23,7 @@ NEUTRAL = (
     "What is 17 plus 25? Say how you got there.",
     "Turn this into a question: The train leaves at nine.",
 )
-"""Prompts that come from no dataset, so that a model card can show their answers."""
+"""Prompts that are not from a dataset, so a model card can show the answers to them."""
 TEMPERATURE = 0.7
 UNANSWERED = "prompts are not answered"
 
@@ -112,10 +112,11 @@ class SampleWriter:
                 yield from self.answer(update.step)
 
     def answer(self, step: int) -> Generator[Update, None, bool]:
-        """Write the answers of ``step`` that samples.jsonl does not have yet.
+        """Answer the prompts that have no answer at ``step`` yet, and write samples.jsonl.
 
-        At step 0 the adapter is switched off, so the base answers. Return False if a signal stopped
-        it, else True. On an error it yields a note, and only answers are lost.
+        At step 0 the adapter is switched off, so the base answers. On an error, yield a note: the
+        training continues without these answers. Finally return False if a signal stopped the
+        answers, else True.
         """
         rows = []
         if not self.prompts:

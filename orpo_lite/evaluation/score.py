@@ -18,9 +18,9 @@ def score_pairs(
     stage: str,
     route: Route | None = None,
 ) -> Generator[Update, None, PairLogps]:
-    """Return the scores of P pairs in their order: tensors of shape (P,) in float64.
+    """Yield progress; finally return the scores of P pairs: float64 tensors of shape (P,).
 
-    The route that was used stays set as ``model.route``.
+    The scores are in the order of the pairs. ``model.route`` is then the route that was used.
 
     Args:
         model: the model, with or without an adapter.
@@ -28,7 +28,7 @@ def score_pairs(
         recipe: the recipe that says how pairs are packed.
         stage: the name of this task in the updates.
         route: how pairs go through the model. None: if the recipe packs pairs, the probe chooses
-            the fastest route whose results equal those of the model's own forward pass.
+            the fastest route that gives the same results as the model's own forward pass.
     """
     yield Update("stage", stage)
     if route:

@@ -48,15 +48,15 @@ class Row:
     accuracy: float
     """Share of pairs whose chosen reply has the higher mean log-probability."""
     margin: float
-    """Mean log-probability of the chosen reply minus that of the rejected reply, averaged over the
-    pairs."""
+    """Difference of the mean log-probabilities of the chosen and the rejected reply, averaged over
+    the pairs."""
     chosen: float
     """Mean log-probability of the chosen replies, averaged over the pairs."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of comparing a merged model with the base that it was merged onto."""
+    """The result of comparing a merged model with its base plus the adapter."""
 
     rows: tuple[Row, ...]
     """One row for each model: first the base with the adapter, in 4 bit, in 16 bit or both; then
@@ -72,18 +72,18 @@ class Verdict:
     """
     bound: float
     """Limit of ``difference``: :data:`EXACT`. If the merged weights are in 16 bit or were compared
-    on a GPU, it is at least :data:`LOST` times ``effect``."""
+    on a GPU, the limit is :data:`LOST` times ``effect`` if this is larger."""
     rounding: float = 0.0
     """The difference that rounding alone can make if the models compute in 16 bit, else 0. A
     ``difference`` of up to this value passes, even if it is above ``bound``."""
     missing: tuple[str, ...] = ()
     """Names of the base's tensors that the merged model does not have in the same shape."""
     kept: Kept | None = None
-    """The share of the adapter's gain on the pairs that the merged model keeps."""
+    """The share of the adapter's gain that the merged model keeps, measured on these pairs."""
     base_log_odds: tuple[float, ...] = ()
-    """Log odds ratio of each pair, computed with the base that was merged onto."""
+    """Log odds ratio of each pair, computed with the base that the adapter was merged onto."""
     trained_gain: tuple[float, ...] = ()
-    """What the adapter as trained adds to the log odds ratio of each pair."""
+    """What the adapter adds to the log odds ratio of each pair, on the base of the training."""
 
     @property
     def outcome(self) -> str:
@@ -115,7 +115,7 @@ class Verdict:
         return text
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields, ``passed`` and ``outcome``."""
+        """Return all fields, ``passed`` and ``outcome`` as JSON values."""
         return {**asdict(self), "passed": self.passed, "outcome": self.outcome}
 
 
@@ -130,13 +130,14 @@ def compare_merged(
 
     Args:
         run_folder: the folder of a run that was merged.
-        weights: which merged model of the run. ``original`` was merged onto the original base and
-            is compared with it; ``dequantized`` with the dequantized 4-bit base.
+        weights: which merged model to compare: the one merged onto the ``original`` base, or the
+            one merged onto the ``dequantized`` 4-bit base. It is compared with that base plus the
+            adapter.
         base_path: where the base is now, if its folder was moved.
 
     Raises:
         CheckpointError: the run has no such merged model, or its data changed.
-        FitError: a model in 16 bit does not fit the GPU.
+        FitError: the GPU has too little memory for a model in 16 bit.
         OrpoLiteError: the base or the data can no longer be read.
     """
     path = Path(run_folder).expanduser()
@@ -225,10 +226,10 @@ def _compare(
 def read_gains(
     path: Path, weights: Weights, base_path: str | Path | None
 ) -> Generator[Update, None, tuple[Numbers, Numbers]]:
-    """Return for each pair the log odds ratio of the base, and the gain of the trained adapter.
+    """Return the log odds ratio of the base, and the gain of the trained adapter, for each pair.
 
     The gain is what the adapter adds to the log odds ratio. Both arrays have shape (P,). They are
-    read from verify.json. If that file does not have them, the merged model is compared first.
+    read from verify.json. If that file lacks them, the merged model is first compared.
 
     Raises:
         OrpoLiteError: the merged model cannot be compared; see :func:`compare_merged`.
@@ -245,9 +246,10 @@ def read_gains(
 def pairs_to_compare(
     trained: FoundModel, path: Path
 ) -> Generator[Update, None, tuple[list[TokenizedPair], bool]]:
-    """Return at most :data:`PAIRS` pairs of a run, and whether they are held out.
+    """Return at most :data:`PAIRS` pairs of a run, and True if they are held out.
 
-    They are the first held-out pairs. If the run has none, they are its first training pairs.
+    The first held-out pairs are returned. If there are none, the first training pairs are
+    returned.
 
     Raises:
         CheckpointError: the data changed since the training.

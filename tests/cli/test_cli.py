@@ -274,9 +274,9 @@ def test_dry_run_says_the_memory_settings_in_words(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["train", "demo"], ["no recipe given", "--recipe NAME", "orpo-lite train --recipe demo"]),
-        (["train"], ["no recipe given", "orpo-lite train --recipe demo"]),
-        (["train", "lora.r=8"], ["no recipe given", "--recipe"]),
+        (["train", "demo"], ["no recipe is given", "--recipe NAME", "orpo-lite train --recipe demo"]),
+        (["train"], ["no recipe is given", "orpo-lite train --recipe demo"]),
+        (["train", "lora.r=8"], ["no recipe is given", "--recipe"]),
         (["train", "--recipe", "mistral-qlor"], ["did you mean mistral-qlora", "recipes ls"]),
         (["train", "--recipe", "./gone.yaml"], ["./gone.yaml: no such file"]),
         (["train", "--recipe", "../demo"], ["../demo: no such file"]),

@@ -233,13 +233,13 @@ def test_a_pair_that_is_cut_is_shown_beside_a_first_one_that_is_not(
     assert "cut off" not in first
     assert f"{'x' * 69}[cut off: {'x' * 31}</s>]" in cut
     assert (
-        "data.max_length=100 cuts 25.0% of the pairs; 1 of the responses (12.5%) lose their end"
+        "data.max_length=100 cuts 25.0% of the pairs; 1 of the responses (12.5%) lose their end token"
         in cut
     )
     _, shown, _ = look("data.max_length=256")
     assert "cut off" not in shown
     assert (
-        "data.max_length=256 cuts 0.0% of the pairs; 0 of the responses (0.0%) lose their end"
+        "data.max_length=256 cuts 0.0% of the pairs; 0 of the responses (0.0%) lose their end token"
         in shown
     )
 

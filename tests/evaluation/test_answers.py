@@ -172,7 +172,7 @@ def test_wrong_prompts_are_said_before_weights_are_loaded(
     assert "prompts.jsonl:2" in said
     assert "prompts.jsonl:3" in said
     assert "--for mt_bench" in refused(DataError, ROWS["mt_bench"], grader="jsonl")
-    assert "no row" in refused(DataError, [])
+    assert "has no rows" in refused(DataError, [])
     assert "0.7" in refused(RecipeError, ROWS["jsonl"], temperature=-1)
     assert "--to answers.jsonl" in refused(RecipeError, ROWS["jsonl"], run="base")
     with pytest.raises(DataError, match="no such file"):

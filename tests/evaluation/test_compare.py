@@ -179,14 +179,14 @@ def test_the_outcome_and_its_words() -> None:
     assert (unclear.outcome, unclear.decided_by) == ("cannot tell", None)
     # 2 of 40 pairs change: an error of sqrt(0.05 * 0.95 / 39) for an effect of 0.05.
     assert unclear.pairs_needed == pytest.approx(40 * 7.849 * 0.05 * 0.95 / 39 / 0.05**2, rel=0.01)
-    assert "about 150 pairs would tell" in unclear.text
+    assert "about 150 pairs are needed" in unclear.text
     assert "log odds" not in unclear.text
 
 
 def test_log_odds_that_alone_can_tell_are_named() -> None:
     found = outcome(20, 20, shift=0.2)
     assert (found.outcome, found.pairs_needed) == ("cannot tell", None)
-    assert "The log odds do tell: they rise by" in found.text
+    assert "The log odds clearly differ: they rise by" in found.text
 
 
 def test_metrics_that_contradict_decide_nothing() -> None:
@@ -196,7 +196,7 @@ def test_metrics_that_contradict_decide_nothing() -> None:
     found = compared(before, after).comparisons[0]
     assert found.differences.accuracy.low > 0 > found.differences.log_odds.high
     assert (found.outcome, found.decided_by) == ("cannot tell", None)
-    assert "log odds clearly go the other way" in found.text
+    assert "log odds clearly change in the opposite direction" in found.text
 
 
 def test_a_model_against_itself_differs_by_exactly_nothing() -> None:

@@ -428,4 +428,4 @@ def test_live_follows_the_run_and_ends_calmly(
         said, complaint = server.communicate(timeout=30)
     assert server.returncode == 0
     assert complaint.strip() == "the report is no longer served; the run is not affected"
-    assert "the run has finished" in said
+    assert "the training has ended" in said

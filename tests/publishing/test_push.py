@@ -1142,7 +1142,7 @@ def test_stopped_anywhere_else(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
             assert call("plan", "--recipe", "demo") == (
                 130,
                 "",
-                "stopped; nothing further was saved\n",
+                "stopped; nothing more was saved\n",
             )
 
 
@@ -1457,7 +1457,7 @@ def test_a_push_that_asks_for_a_change_after_training(
         "output.merge=false", "data.chat_template=./template.jinja", "output.samples=0"
     )
     assert code == 5, complained
-    safe = f"the adapter is safe in run/adapter; when that is fixed: orpo-lite push run {REPO}"
+    safe = f"the adapter is safe in run/adapter; after you have fixed this, run: orpo-lite push run {REPO}"
     assert complained.splitlines()[-1].strip() == safe
     assert "then:" not in complained
 
