@@ -354,7 +354,7 @@ def write_answers(task: Task) -> Generator[Update, None, Answers]:
                 found = tokenizer.ids([progress.conversation(row, turn) for row in rows])
                 prompts, reasons = _with_room(found, answerer)
                 for reason, empty_count in reasons.items():
-                    yield Update("note", f"{empty_count} answers are empty: {reason}")
+                    yield Update("note", f"empty answers: {empty_count} ({reason})")
                 decoding = Decoding(task.max_new_tokens, temperature, SEED)
                 done = [index for index, row in enumerate(rows) if (row, turn) in progress.texts]
                 empty = [row for row, ids in zip(rows, prompts, strict=True) if not ids]

@@ -107,7 +107,7 @@ def test_each_grader_reads_its_file_and_the_answers_are_those_of_transformers(
     command = ("generate", str(run), "--prompts", str(write_rows(ROWS["jsonl"])))
     code, said, _ = call(*command, "--adapter", "off", "--max-new-tokens", "6")
     assert code == 0
-    assert "1 answers are empty: special token inside the text: </s>" in said
+    assert "empty answers: 1 (special token inside the text: </s>)" in said
     assert said.endswith("/s: run/answers/jsonl-base.jsonl\n")
     base = read_rows(run / "answers" / "jsonl-base.jsonl")[0]["response"]
     assert base == greedy(opened, "Hello", adapter=False) != hello["response"]
