@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,8 +15,28 @@ from torch import Tensor
 from orpo_lite.data.pair import TokenizedPair, common_prefix
 
 
+class PairFacts(NamedTuple):
+    """What is known about P pairs before the forward pass. Each tensor has shape (P,)."""
+
+    chosen_tokens_P: Tensor
+    """Number of tokens of the chosen response that the model predicts."""
+    rejected_tokens_P: Tensor
+    ref_chosen_P: Tensor
+    """Mean log-probability of the chosen response under the reference model, float64. NaN: the
+    objective has no reference model."""
+    ref_rejected_P: Tensor
+
+
 @dataclass(frozen=True)
-class _Tensors:
+class _Batch:
+    facts_4P: Tensor
+    """The fields of :class:`PairFacts` as rows, float64."""
+
+    @property
+    def facts(self) -> PairFacts:
+        """What is known about the pairs before the forward pass."""
+        return PairFacts(*self.facts_4P)
+
     def to(self, device: torch.device) -> Self:
         """Return a copy of the batch on the given device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -26,10 +46,11 @@ class _Tensors:
 
 
 @dataclass(frozen=True)
-class PairBatch(_Tensors):
-    """P pairs as R = 2P right-padded rows of T tokens.
+class PairBatch(_Batch):
+    """P pairs as R right-padded rows of T tokens.
 
-    The chosen rows come first, then the rejected rows in the same order.
+    The chosen rows come first, then the rejected rows in the same order. If the pairs have no
+    rejected sequences, R is P, else 2P.
     """
 
     input_ids_RT: Tensor
@@ -49,7 +70,7 @@ def pad_pairs(
     ``completion_only_loss``: if True, the NLL does not include the tokens of the prompt.
     """
     rows = [(pair.chosen_ids, pair.chosen_start) for pair in pairs]
-    rows += [(pair.rejected_ids, pair.rejected_start) for pair in pairs]
+    rows += [(pair.rejected_ids, pair.rejected_start) for pair in pairs if len(pair.rejected_ids)]
     width = max(len(ids) for ids, _ in rows)
     input_ids_RT = torch.full((len(rows), width), pad_id, dtype=torch.long)
     for row, (ids, _) in enumerate(rows):
@@ -60,15 +81,16 @@ def pad_pairs(
     token_RT = position_T < length_R1
     response_RT = token_RT & (position_T >= start_R1)
     counted_RT = response_RT if completion_only_loss else token_RT
-    return PairBatch(input_ids_RT, token_RT.long(), response_RT, counted_RT)
+    return PairBatch(_facts(pairs), input_ids_RT, token_RT.long(), response_RT, counted_RT)
 
 
 @dataclass(frozen=True)
-class PackedPairs(_Tensors):
+class PackedPairs(_Batch):
     """P pairs as one row of T tokens without padding.
 
     Each pair is laid out as [common prefix | rest of chosen | rest of rejected]. If prefixes are
-    not shared, the prefix is empty and each rest is a whole sequence.
+    not shared, the prefix is empty and each rest is a whole sequence. A pair may have no rejected
+    sequence: then its log-probability is NaN.
     """
 
     input_ids_T: Tensor
@@ -139,7 +161,21 @@ def pack_pairs(
     ids_T, positions_T, rows_N, targets_N = tensors
     # A segment is empty if one reply is the beginning of the other.
     kept = tuple(segment for segment in segments if segment[1] > segment[0])
-    return PackedPairs(ids_T, positions_T, kept, rows_N, targets_N, tuple(spans))
+    return PackedPairs(_facts(pairs), ids_T, positions_T, kept, rows_N, targets_N, tuple(spans))
+
+
+def _facts(pairs: Sequence[TokenizedPair]) -> Tensor:
+    """Return the fields of :class:`PairFacts` of P pairs, shape (4, P), float64."""
+    rows = [
+        (
+            len(pair.chosen_ids) - max(pair.chosen_start, 1),
+            max(len(pair.rejected_ids) - max(pair.rejected_start, 1), 0),
+            pair.ref_chosen,
+            pair.ref_rejected,
+        )
+        for pair in pairs
+    ]
+    return torch.tensor(rows, dtype=torch.float64).T.contiguous()
 
 
 def nll_tokens(pair: TokenizedPair, *, completion_only_loss: bool) -> int:

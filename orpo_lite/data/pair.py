@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,9 @@ class TokenizedPair:
     chosen_cut: int = 0
     """The number of tokens that were cut off because of data.max_length."""
     rejected_cut: int = 0
+    ref_chosen: float = math.nan
+    """The mean log-probability of the chosen response under the reference model. NaN: unknown."""
+    ref_rejected: float = math.nan
     remarks: tuple[str, ...] = ()
     """Changes that the chat template made, as keys of ``statistics.WARNINGS``."""
 

@@ -104,7 +104,13 @@ class PairModel(nn.Module):
         output = self.model(
             input_ids=batch.input_ids_RT, attention_mask=batch.attention_RT, use_cache=False
         )
-        return padded_logps(output.logits, batch.input_ids_RT, batch.response_RT, batch.counted_RT)
+        return padded_logps(
+            output.logits,
+            batch.input_ids_RT,
+            batch.response_RT,
+            batch.counted_RT,
+            pairs=batch.facts_4P.shape[1],
+        )
 
     def score(self, batch: PackedPairs, route: Route) -> Tensor:
         """Return the log-probability of each target of the batch (``targets_N``), shape (N,)."""
@@ -175,7 +181,7 @@ class PairModel(nn.Module):
             tokens=recipe.micro_batch_tokens,
             pairs=recipe.memory.micro_batch_size,
             pad_id=pad_id,
-            completion_only_loss=recipe.loss.completion_only_loss,
+            completion_only_loss=recipe.loss.counts_only_completion,
         )
 
     @property

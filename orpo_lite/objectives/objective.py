@@ -7,18 +7,20 @@ To add an objective, add a file to this package, and add the file's name to the 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
-from orpo_lite.data.packing import nll_tokens
+from orpo_lite.data.packing import PairFacts, nll_tokens
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.errors import Overrides, RecipeError
 from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.schema import LossSection
 
-Need = Literal["policy_logps"]
-"""A model output that an objective can need. policy_logps: PairLogps of the trained model."""
+Need = Literal["rejected", "reference"]
+"""What an objective can need in addition to the chosen responses' log-probabilities.
+
+rejected: the log-probabilities of the rejected responses. reference: both log-probabilities under
+the reference model."""
 
 
 class Divisors(NamedTuple):
@@ -62,8 +64,8 @@ class Objective(ABC):
     """URL of the paper that defines the objective."""
     formula: ClassVar[str]
     """The formula of the loss, as a sentence."""
-    needs: ClassVar[frozenset[Need]] = frozenset({"policy_logps"})
-    """The model outputs that the objective needs."""
+    needs: ClassVar[frozenset[Need]] = frozenset({"rejected"})
+    """What the objective needs in addition to the chosen responses' log-probabilities."""
     parts: ClassVar[tuple[str, ...]]
     """Names of the values that :meth:`loss` returns in addition to the loss.
 
@@ -78,12 +80,14 @@ class Objective(ABC):
 
     def divisors(self, pairs: Sequence[TokenizedPair]) -> Divisors:
         """Return the divisors of an optimizer step on these pairs."""
-        only = self.settings.completion_only_loss
+        only = self.settings.counts_only_completion
         tokens = sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs)
         return Divisors(len(pairs), tokens)
 
     @abstractmethod
-    def loss(self, logps: PairLogps, divisors: Divisors) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, logps: PairLogps, facts: PairFacts, divisors: Divisors
+    ) -> tuple[Tensor, Tensor]:
         """Return a micro-batch's share of the step's loss, and its share of each of ``parts``.
 
         The shares of all micro-batches and processes add up to the step's loss. The planner calls
@@ -91,7 +95,10 @@ class Objective(ABC):
         branch on a value, and must not use a boolean mask or ``.item()``.
 
         Args:
-            logps: log-probabilities of the P pairs of this micro-batch.
+            logps: log-probabilities of the P pairs of this micro-batch. Without the need
+                ``rejected``, the rejected log-probabilities are NaN in a training step.
+            facts: the lengths of the P pairs, and with the need ``reference`` their
+                log-probabilities under the reference model.
             divisors: divisors of the whole optimizer step.
 
         Returns:
@@ -106,6 +113,14 @@ class Objective(ABC):
     def described(self) -> list[tuple[str, str]]:
         """Return a (name, value) pair for each setting of the loss, for the model card."""
         return []
+
+    def nll_setting(self) -> tuple[str, str]:
+        """Return which tokens the NLL counts, as an item of :meth:`described`."""
+        only_response = self.settings.counts_only_completion
+        scope = "the chosen response" if only_response else "prompt and chosen response"
+        is_by_token = self.settings.nll_reduction == "token"
+        mean = "all tokens of a step" if is_by_token else "each response, then over pairs"
+        return "NLL counts", f"{scope}; mean over {mean}"
 
     def to_json(self) -> dict[str, Any]:
         """Return a description of the objective. lock.json stores it for the model card."""
@@ -123,21 +138,24 @@ class Objective(ABC):
         return "  ".join(texts)
 
 
+def mean_nll(
+    logps: PairLogps, divisors: Divisors, reduction: Literal["token", "pair"]
+) -> Tensor:
+    """Return a micro-batch's share of the step's NLL, a scalar.
+
+    ``reduction``: ``token``: mean over all counted tokens of the step. ``pair``: first the mean of
+    each chosen sequence, then the mean over pairs.
+    """
+    if reduction == "token":
+        return logps.nll_P.sum() / divisors.nll_tokens
+    return (logps.nll_P / logps.nll_tokens_P).sum() / divisors.pairs
+
+
 def find_objective(settings: LossSection) -> Objective:
     """Return the objective that ``loss.type`` names, with the recipe's settings.
 
     For ``orpo``, the objective's class is ``OBJECTIVE`` in ``orpo.py``.
-
-    Raises:
-        RecipeError: the objective needs an output that no model returns.
     """
     module = import_module(f"orpo_lite.objectives.{settings.type}")
     objective: Objective = module.OBJECTIVE(settings)
-    if missing := objective.needs.difference(get_args(Need)):
-        raise RecipeError(
-            where="loss.type",
-            found=f"{settings.type} needs {', '.join(sorted(missing))}, which no model returns",
-            expected=f"an objective that needs only {', '.join(get_args(Need))}",
-            fix=Overrides({"loss.type": LossSection().type}),
-        )
     return objective

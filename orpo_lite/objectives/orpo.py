@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from orpo_lite.objectives.objective import Divisors, Metric, Objective
+from orpo_lite.data.packing import PairFacts
+from orpo_lite.objectives.objective import Divisors, Metric, Objective, mean_nll
 from orpo_lite.ops.outputs import PairLogps, at_least_float32
 
 
@@ -45,7 +46,9 @@ class Orpo(Objective):
         ),
     )  # fmt: skip
 
-    def loss(self, logps: PairLogps, divisors: Divisors) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, logps: PairLogps, facts: PairFacts, divisors: Divisors
+    ) -> tuple[Tensor, Tensor]:
         """Return :func:`orpo_loss` with the recipe's settings."""
         return orpo_loss(
             logps, divisors, beta=self.settings.beta, nll_reduction=self.settings.nll_reduction
@@ -69,14 +72,7 @@ class Orpo(Objective):
 
     def described(self) -> list[tuple[str, str]]:
         """Return two settings for the model card: λ, and which tokens the NLL counts."""
-        only_response = self.settings.completion_only_loss
-        scope = "the chosen response" if only_response else "prompt and chosen response"
-        is_by_token = self.settings.nll_reduction == "token"
-        mean = "all tokens of a step" if is_by_token else "each response, then over pairs"
-        return [
-            ("λ (`loss.beta`)", f"{self.settings.beta:g}"),
-            ("NLL counts", f"{scope}; mean over {mean}"),
-        ]
+        return [("λ (`loss.beta`)", f"{self.settings.beta:g}"), self.nll_setting()]
 
 
 def orpo_loss(
@@ -103,10 +99,7 @@ def orpo_loss(
     """
     log_odds_P = log_odds(logps.chosen_P, logps.rejected_P)
     log_sigmoid_P = F.logsigmoid(log_odds_P)  # -L_OR, Eq. 7
-    if nll_reduction == "token":
-        nll = logps.nll_P.sum() / divisors.nll_tokens
-    else:
-        nll = (logps.nll_P / logps.nll_tokens_P).sum() / divisors.pairs
+    nll = mean_nll(logps, divisors, nll_reduction)
     loss = nll - beta * log_sigmoid_P.sum() / divisors.pairs
     with torch.no_grad():
         accurate_P = (logps.chosen_P > logps.rejected_P).to(log_sigmoid_P.dtype)

@@ -10,6 +10,7 @@ them by the incoming gradient. Therefore logits are neither kept nor computed ag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -228,9 +229,13 @@ def _mean(one: Tensor, other: Tensor) -> Tensor:
 
 
 def padded_logps(
-    logits_RTV: Tensor, input_ids_RT: Tensor, response_RT: Tensor, counted_RT: Tensor
+    logits_RTV: Tensor,
+    input_ids_RT: Tensor,
+    response_RT: Tensor,
+    counted_RT: Tensor,
+    pairs: int | None = None,
 ) -> PairLogps:
-    """Return the log-probabilities of P pairs from the logits of their 2P padded rows.
+    """Return the log-probabilities of P pairs from the logits of their R padded rows.
 
     All logits are in memory at once. This function is the reference for the other functions.
 
@@ -243,11 +248,14 @@ def padded_logps(
         response_RT: True at the tokens of the response. The first token of a row is ignored,
             because no position predicts it.
         counted_RT: True at the tokens that the NLL counts. Only the chosen rows are read.
+        pairs: P. None: R / 2. If P is R, the pairs have no rejected sequences, and the rejected
+            log-probabilities are NaN.
     """
     targets_RT = input_ids_RT[:, 1:]
     logps_RT = pick(at_least_float32(logits_RTV[:, :-1]), targets_RT)
     response_RT, counted_RT = response_RT[:, 1:], counted_RT[:, 1:]
     mean_R = (logps_RT * response_RT).sum(-1) / response_RT.sum(-1)
-    pairs = len(mean_R) // 2
+    pairs = len(mean_R) // 2 if pairs is None else pairs
+    rejected_P = mean_R[pairs:] if len(mean_R) > pairs else mean_R.new_full((pairs,), math.nan)
     nll_P = -(logps_RT * counted_RT)[:pairs].sum(-1)
-    return PairLogps(mean_R[:pairs], mean_R[pairs:], nll_P, counted_RT[:pairs].sum(-1))
+    return PairLogps(mean_R[:pairs], rejected_P, nll_P, counted_RT[:pairs].sum(-1))

@@ -12,7 +12,8 @@ class PairLogps(NamedTuple):
     chosen_P: Tensor
     """Mean log-probability of the chosen response's tokens (Eq. 3 of ORPO); float32 or float64."""
     rejected_P: Tensor
-    """Mean log-probability of the rejected response's tokens; float32 or float64."""
+    """Mean log-probability of the rejected response's tokens; float32 or float64. NaN: the pair has
+    no rejected sequence."""
     nll_P: Tensor
     """Negative log-likelihood of the chosen sequence: a sum over tokens, not a mean.
 

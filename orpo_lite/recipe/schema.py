@@ -186,19 +186,46 @@ class DataSection(Section):
 
 
 class LossSection(Section):
-    """The ORPO loss (arXiv 2403.07691)."""
+    """The loss. The keys have the names of TRL's configs."""
 
-    type: Literal["orpo"] = "orpo"
-    """The loss. orpo: L = NLL(chosen) + beta * L_OR (Eq. 6 of the paper)."""
+    type: Literal["orpo", "sft", "dpo", "cpo", "simpo", "probability_ratio"] = "orpo"
+    """The loss. orpo: NLL(chosen) + beta * L_OR (arXiv 2403.07691, Eq. 6). sft: NLL(chosen). dpo:
+    compares with a reference model (arXiv 2305.18290). cpo: DPO without the reference, plus the
+    NLL (arXiv 2401.08417). simpo: mean log-probabilities and a margin (arXiv 2405.14734).
+    probability_ratio: ORPO with P_w / P_l in place of the odds ratio (Appendix B)."""
     beta: float = Field(0.1, ge=0, allow_inf_nan=False)
-    """Weight of the odds-ratio term. The paper calls it λ, the authors' code alpha. 0: plain
-    supervised fine-tuning on the chosen responses."""
-    completion_only_loss: bool = False
-    """true: the NLL counts only the response's tokens, as in the paper's text. false: the NLL also
-    counts the prompt's tokens, as in the authors' code and in TRL."""
+    """orpo, probability_ratio: weight of the ratio term; the paper calls it λ, the authors' code
+    alpha; 0 is sft. dpo, cpo, simpo: factor of the log-probabilities inside the sigmoid."""
+    completion_only_loss: bool | None = None
+    """true: the NLL counts only the response's tokens. false: it also counts the prompt's tokens.
+    null: as TRL's trainer of this loss: false for orpo and probability_ratio, else true."""
     nll_reduction: Literal["token", "pair"] = "token"
     """How the NLL is averaged. token: over all counted tokens of the optimizer step. pair: first
     over the counted tokens of each pair, then over the pairs."""
+    dpo_loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """dpo: function of the difference of the log-ratios. ipo divides each log-ratio by the number
+    of its tokens (arXiv 2310.12036)."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, allow_inf_nan=False)
+    """dpo with sigmoid, cpo, simpo: assumed share of pairs whose replies are swapped."""
+    rpo_alpha: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """dpo: weight of the chosen responses' NLL, which is added to the loss (arXiv 2404.19733).
+    null: it is not added."""
+    cpo_alpha: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """cpo, simpo: weight of the chosen responses' NLL. null: 1 for cpo, 0 for simpo."""
+    simpo_gamma: float = Field(0.5, ge=0, allow_inf_nan=False)
+    """simpo: target margin between the two rewards."""
+    ratio_of: Literal["mean", "sum"] = "mean"
+    """probability_ratio: P is the mean or the summed log-probability of a response's tokens."""
+    reference_adapter_name_or_path: str | None = None
+    """dpo: LoRA adapter of the reference model: a run's adapter folder or a hub name. base: the
+    base without an adapter. null: the model as it is before the first step."""
+
+    @property
+    def counts_only_completion(self) -> bool:
+        """``completion_only_loss`` as true or false."""
+        if self.completion_only_loss is not None:
+            return self.completion_only_loss
+        return self.type not in ("orpo", "probability_ratio")
 
 
 class TrainingSection(Section):

@@ -1,0 +1,64 @@
+"""DPO: direct preference optimization against a reference model (arXiv 2305.18290)."""
+
+import torch
+from torch import Tensor
+
+from orpo_lite.data.packing import PairFacts
+from orpo_lite.objectives.pairwise import PairwiseObjective, smoothed_log_sigmoid
+from orpo_lite.ops.outputs import PairLogps
+
+
+class Dpo(PairwiseObjective):
+    """The DPO objective, ``L = -log σ(β (r_w - r_l))``, with ``r = log π(y|x) - log π_ref(y|x)``.
+
+    The functions for ``loss.dpo_loss_type`` are those of TRL's DPOTrainer. ``ipo`` divides the
+    log-ratio of a response by the number of its tokens, as IPO's authors do (arXiv 2310.12036).
+    """
+
+    title = "DPO"
+    paper = "https://arxiv.org/abs/2305.18290"
+    formula = "L = -log σ(β · (log-ratio of chosen - log-ratio of rejected)), Eq. 7 of the paper."
+    needs = frozenset({"rejected", "reference"})
+
+    @property
+    def nll_weight(self) -> float:
+        """``loss.rpo_alpha``, or 0 if it is null."""
+        return self.settings.rpo_alpha or 0.0
+
+    def scores(self, logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
+        """Return the log-ratios. For ``ipo`` they are means over tokens, else sums."""
+        ratios = _mean_log_ratios(logps, facts)
+        return ratios if self.settings.dpo_loss_type == "ipo" else _times_tokens(ratios, facts)
+
+    def pair_loss(self, difference_P: Tensor) -> Tensor:
+        """Return the loss of each pair, shape (P,)."""
+        beta = self.settings.beta
+        if self.settings.dpo_loss_type == "ipo":
+            return (difference_P - 1 / (2 * beta)) ** 2
+        if self.settings.dpo_loss_type == "hinge":
+            return torch.relu(1 - beta * difference_P)
+        return smoothed_log_sigmoid(beta * difference_P, self.settings.label_smoothing)
+
+    def rewards(
+        self, chosen_P: Tensor, rejected_P: Tensor, logps: PairLogps, facts: PairFacts
+    ) -> tuple[Tensor, Tensor]:
+        """Return beta times the summed log-ratios, also for ``ipo``."""
+        chosen_P, rejected_P = _times_tokens(_mean_log_ratios(logps, facts), facts)
+        return self.settings.beta * chosen_P, self.settings.beta * rejected_P
+
+
+def _mean_log_ratios(logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
+    """Return the log-ratios to the reference model, as means over a response's tokens."""
+    chosen_P = logps.chosen_P - facts.ref_chosen_P.to(logps.chosen_P.dtype)
+    return chosen_P, logps.rejected_P - facts.ref_rejected_P.to(logps.rejected_P.dtype)
+
+
+def _times_tokens(means: tuple[Tensor, Tensor], facts: PairFacts) -> tuple[Tensor, Tensor]:
+    chosen_P, rejected_P = means
+    return (
+        chosen_P * facts.chosen_tokens_P.to(chosen_P.dtype),
+        rejected_P * facts.rejected_tokens_P.to(rejected_P.dtype),
+    )
+
+
+OBJECTIVE = Dpo

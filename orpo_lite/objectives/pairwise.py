@@ -1,0 +1,128 @@
+"""Define the objectives that compare a score of the chosen with a score of the rejected response."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor
+
+from orpo_lite.data.packing import PairFacts
+from orpo_lite.objectives.objective import Divisors, Metric, Objective, mean_nll
+from orpo_lite.ops.outputs import PairLogps, at_least_float32
+
+
+class PairwiseObjective(Objective):
+    """A loss ``mean of f(score of chosen - score of rejected) + weight * NLL``.
+
+    A subclass defines the scores and f. The metrics have the names that TRL's trainers use.
+    ``mean_logps/*`` are mean log-probabilities of a token, which are comparable between objectives.
+    """
+
+    parts = (
+        "pair_loss",
+        "nll_loss",
+        "logps/chosen",
+        "logps/rejected",
+        "mean_logps/chosen",
+        "mean_logps/rejected",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+    )
+    shown = (
+        Metric("loss", "loss", "loss", "loss"),
+        Metric("nll_loss", "NLL of the chosen", "NLL of the chosen", "nll"),
+        Metric(
+            "rewards/margins", "reward margin", "reward of the chosen minus the rejected answer",
+            short="margin", sign="+", digits=3,
+        ),
+        Metric(
+            "mean_logps/chosen", "log-prob of chosen", "mean log-probability of a token, chosen"
+        ),
+        Metric(
+            "mean_logps/rejected", "log-prob of rejected",
+            "mean log-probability of a token, rejected",
+        ),
+        Metric(
+            "rewards/accuracies", "reward accuracy",
+            "share of pairs whose chosen answer has the higher reward",
+            short="accuracy", digits=3, is_share=True,
+        ),
+    )  # fmt: skip
+    averages_logps = False
+    """True: ``logps/*`` are means over a response's tokens. False: they are sums."""
+
+    @property
+    def nll_weight(self) -> float:
+        """Weight of the chosen responses' NLL in the loss."""
+        return 0.0
+
+    @abstractmethod
+    def scores(self, logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
+        """Return the scores of the chosen and the rejected responses; each has shape (P,)."""
+
+    @abstractmethod
+    def pair_loss(self, difference_P: Tensor) -> Tensor:
+        """Return f of ``score of chosen - score of rejected``, shape (P,)."""
+
+    def loss(
+        self, logps: PairLogps, facts: PairFacts, divisors: Divisors
+    ) -> tuple[Tensor, Tensor]:
+        """Return the micro-batch's share of the step's loss, and of each of ``parts``."""
+        logps = logps._replace(
+            chosen_P=at_least_float32(logps.chosen_P),
+            rejected_P=at_least_float32(logps.rejected_P),
+        )
+        chosen_P, rejected_P = self.scores(logps, facts)
+        pair_loss = self.pair_loss(chosen_P - rejected_P).sum() / divisors.pairs
+        nll = mean_nll(logps, divisors, self.settings.nll_reduction)
+        loss = pair_loss + self.nll_weight * nll if self.nll_weight else pair_loss
+        with torch.no_grad():
+            means = logps.chosen_P, logps.rejected_P
+            shown = means if self.averages_logps else summed(logps, facts)
+            rewards = self.rewards(chosen_P, rejected_P, logps, facts)
+            accurate_P = (rewards[0] > rewards[1]).to(chosen_P.dtype)
+            per_pair = [*shown, *means, *rewards, accurate_P]
+            shares = [values_P.sum() / divisors.pairs for values_P in per_pair]
+            parts = torch.stack([pair_loss, nll, *shares])
+        return loss, parts
+
+    def rewards(
+        self, chosen_P: Tensor, rejected_P: Tensor, logps: PairLogps, facts: PairFacts
+    ) -> tuple[Tensor, Tensor]:
+        """Return the rewards of chosen and rejected responses: beta times their scores."""
+        return self.settings.beta * chosen_P, self.settings.beta * rejected_P
+
+    def metrics(self, parts: Sequence[float]) -> dict[str, float]:
+        """Return the loss, the parts and the reward margin."""
+        named = dict(zip(self.parts, parts, strict=True))
+        loss = named.pop("pair_loss") + self.nll_weight * named["nll_loss"]
+        margin = named["rewards/chosen"] - named["rewards/rejected"]
+        return {"loss": loss, **named, "rewards/margins": margin}
+
+    def described(self) -> list[tuple[str, str]]:
+        """Return beta, and the NLL's weight and tokens if it is part of the loss."""
+        rows = [("β (`loss.beta`)", f"{self.settings.beta:g}")]
+        if self.nll_weight:
+            rows += [("weight of the NLL", f"{self.nll_weight:g}"), self.nll_setting()]
+        if self.settings.label_smoothing:
+            rows.append(("label smoothing", f"{self.settings.label_smoothing:g}"))
+        return rows
+
+
+def summed(logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
+    """Return the summed log-probabilities of the chosen and the rejected responses, shape (P,)."""
+    chosen_P = logps.chosen_P * facts.chosen_tokens_P.to(logps.chosen_P.dtype)
+    return chosen_P, logps.rejected_P * facts.rejected_tokens_P.to(logps.rejected_P.dtype)
+
+
+def smoothed_log_sigmoid(logits_P: Tensor, label_smoothing: float) -> Tensor:
+    """Return ``-(1 - s) log σ(x) - s log σ(-x)`` for label smoothing s, shape (P,).
+
+    This is the conservative DPO loss (https://ericmitchell.ai/cdpo.pdf). s = 0 is -log σ(x).
+    """
+    loss_P = -F.logsigmoid(logits_P)
+    if not label_smoothing:
+        return loss_P
+    return (1 - label_smoothing) * loss_P - label_smoothing * F.logsigmoid(-logits_P)
