@@ -29,7 +29,7 @@ from orpo_lite.model.generate import Decoding
 from orpo_lite.model.load import choose_dtype
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.quantize import skipped_modules
-from orpo_lite.objectives.objective import find_objective
+from orpo_lite.objectives.objective import Objective, find_objective
 from orpo_lite.ops.devices import device_kind, dtype_name
 from orpo_lite.planning.choose import PLAN, choose_memory
 from orpo_lite.planning.device import describe_device, refuse_slow_device
@@ -53,6 +53,7 @@ from orpo_lite.runs.records import SAMPLES, Sample, read_samples
 from orpo_lite.training.adapter_files import make_adapter_files, write_adapter_files
 from orpo_lite.training.faults import explain_faults
 from orpo_lite.training.loop import train_steps
+from orpo_lite.training.reference import add_reference, reference_folder
 from orpo_lite.training.result import TrainResult, keep_best, write_adapter_config
 from orpo_lite.training.session import Session, load_session, refuse_fewer_steps, restore_session
 from orpo_lite.training.state import TrainState
@@ -121,6 +122,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
         adapter_files, note = make_adapter_files(inputs)
         if note:
             yield Update("note", note)
+    inputs = _only_needed(objective, resolved, inputs)
     resolved, plan = yield from choose_memory(resolved, inputs, path, processes, changed)
     inputs = replace(inputs, base=fetch_weights(inputs.base))
     check_weights(inputs.base)
@@ -150,6 +152,19 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
         stack.enter_context(explain_faults(resolved, inputs.base.config, path))
         resumed = _ResumedRun(recipe, changed, lock) if resume else None
         return (yield from _train(resolved, inputs, path, processes, stop, resumed))
+
+
+def _only_needed(objective: Objective, recipe: Recipe, inputs: Inputs) -> Inputs:
+    """Return the inputs without rejected responses to train on if the objective needs none.
+
+    Raises:
+        OrpoLiteError: the objective needs a reference model, and its adapter cannot be found.
+    """
+    if "reference" in objective.needs:
+        reference_folder(recipe)
+    if "rejected" in objective.needs:
+        return inputs
+    return replace(inputs, train=inputs.train.without_rejected())
 
 
 def _prepare_recipe(
@@ -228,6 +243,8 @@ def _train(
     began = time.monotonic()
     prompts = (yield from find_prompts(recipe, inputs)) if processes.is_main else []
     session = yield from load_session(recipe, inputs, path, processes, stop)
+    if "reference" in session.objective.needs:
+        yield from add_reference(session)
     if processes.is_main:
         write_adapter_config(path / "adapter", session.pair_model, inputs.base.name)
     state = TrainState()

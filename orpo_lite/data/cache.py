@@ -76,12 +76,16 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         """The facts found during tokenization, such as the format and the pairs left out."""
         self.sha256 = sha256
         """The sha256 of the file with the tokens."""
+        self.folder = folder
+        """The folder of the cache entry."""
         self._ids = np.memmap(folder / "ids.bin", "<i4", "r")
         self._pairs_P = np.fromfile(folder / "pairs.bin", PAIR)
         self._places = (folder / "places.txt").read_bytes().decode().split("\n")
         lengths_P = self._pairs_P["chosen_tokens"] + self._pairs_P["rejected_tokens"]
         self._begins_P = np.cumsum(lengths_P, dtype=np.int64) - lengths_P
         self.rows: NDArray[np.int64] = np.arange(len(lengths_P))
+        self._reference_P2: NDArray[np.float64] | None = None
+        self._has_rejected = True
 
     def select(self, rows: Sequence[int]) -> TokenizedPairs:
         """Return the pairs with the indices ``rows``. Their tokens are not copied."""
@@ -89,10 +93,27 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         view.rows = self.rows[np.asarray(rows, dtype=np.int64)]
         return view
 
+    def without_rejected(self) -> TokenizedPairs:
+        """Return the same pairs with empty rejected sequences, and so without common prefixes."""
+        view = copy(self)
+        view._has_rejected = False
+        return view
+
+    def with_reference(self, logps_P2: NDArray[np.float64]) -> TokenizedPairs:
+        """Return the same P pairs with log-probabilities under the reference model, shape (P, 2).
+
+        The columns are ``ref_chosen`` and ``ref_rejected`` of :class:`TokenizedPair`.
+        """
+        view = copy(self)
+        view._reference_P2 = np.full((len(self._pairs_P), 2), np.nan)
+        view._reference_P2[self.rows] = logps_P2
+        return view
+
     def column(self, name: str) -> NDArray[Any]:
         """Return the field ``name`` of each pair's PAIR record, as an array of length P."""
         values: NDArray[Any] = self._pairs_P[name][self.rows]
-        return values
+        is_absent = name == "prefix" or name.startswith("rejected")
+        return np.zeros_like(values) if is_absent and not self._has_rejected else values
 
     def prompts(self) -> list[bytes]:
         """Return the hash of each pair's prompt, see :func:`orpo_lite.data.split.prompt_key`."""
@@ -119,6 +140,12 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         end = middle + pair["rejected_tokens"]
         chosen, rejected = np.array(self._ids[begin:middle]), np.array(self._ids[middle:end])
         numbers: dict[str, Any] = {name: int(pair[name]) for name in NUMBERS[2:]}
+        if not self._has_rejected:
+            rejected = rejected[:0]
+            numbers |= {"rejected_start": 0, "rejected_cut": 0}
+        if self._reference_P2 is not None:
+            ref_chosen, ref_rejected = self._reference_P2[row].tolist()
+            numbers |= {"ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
         return TokenizedPair(
             chosen, rejected, where=self._places[row], prompt=pair["prompt"].tobytes(), **numbers
         )

@@ -95,11 +95,11 @@ class TokenizedPair:
     chosen_cut: int = 0
     """The number of tokens that were cut off because of data.max_length."""
     rejected_cut: int = 0
+    remarks: tuple[str, ...] = ()
+    """Changes that the chat template made, as keys of ``statistics.WARNINGS``."""
     ref_chosen: float = math.nan
     """The mean log-probability of the chosen response under the reference model. NaN: unknown."""
     ref_rejected: float = math.nan
-    remarks: tuple[str, ...] = ()
-    """Changes that the chat template made, as keys of ``statistics.WARNINGS``."""
 
 
 def common_prefix(one: NDArray[numpy.int32], other: NDArray[numpy.int32]) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from orpo_lite.data.packing import make_batch, micro_batches
+from orpo_lite.data.packing import PairFacts, make_batch, micro_batches
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
@@ -12,8 +12,8 @@ from orpo_lite.objectives.objective import Objective
 from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.schema import Recipe
 
-Passes = list[tuple[list[int], PairLogps]]
-"""For each forward pass, the indices of its pairs and their log-probabilities."""
+Passes = list[tuple[list[int], PairLogps, PairFacts]]
+"""For each forward pass, the indices of its pairs, their log-probabilities and their facts."""
 
 
 def evaluate(
@@ -45,19 +45,32 @@ def evaluate(
         return {}, PairLogps(*scores)
     divisors = objective.divisors(pairs)
     total = torch.zeros(len(objective.parts), dtype=torch.float64, device=processes.device)
-    for _, logps in passes:
-        total += objective.loss(logps, divisors)[1]
+    for _, logps, facts in passes:
+        total += objective.loss(logps, facts, divisors)[1]
     metrics = objective.metrics(processes.sum(total).tolist())
     named = {f"eval_{name}": value for name, value in metrics.items()}
     return named, PairLogps(*processes.sum(scores).cpu())
 
 
 def score(
-    model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, *, pad_id: int = 0
+    model: PairModel,
+    pairs: Sequence[TokenizedPair],
+    recipe: Recipe,
+    *,
+    pad_id: int = 0,
+    processes: Processes | None = None,
 ) -> Generator[tuple[int, int], None, PairLogps]:
-    """Yield progress as :func:`evaluate` does, but return only the scores. Use one process."""
-    passes = yield from _forward(model, pairs, recipe, pad_id=pad_id)
-    return PairLogps(*_in_order(passes, len(pairs), model.device).cpu())
+    """Yield progress as :func:`evaluate` does, but return only the scores.
+
+    If ``processes`` is None, this process scores all pairs.
+    """
+    if processes is None:
+        passes = yield from _forward(model, pairs, recipe, pad_id=pad_id)
+        return PairLogps(*_in_order(passes, len(pairs), model.device).cpu())
+    rank, world = processes.rank, processes.count
+    passes = yield from _forward(model, pairs, recipe, pad_id=pad_id, rank=rank, world=world)
+    scores = _in_order(passes, len(pairs), processes.device)
+    return PairLogps(*processes.sum(scores).cpu())
 
 
 def _forward(
@@ -75,15 +88,15 @@ def _forward(
     for number, chunk in enumerate(share):
         # Yield outside of `evaluating`, so that the caller's gradient setting does not change.
         yield number, len(share)
-        batch = make_batch([pairs[index] for index in chunk], batching)
+        batch = make_batch([pairs[index] for index in chunk], batching).to(model.device)
         with model.evaluating():
-            passes.append((chunk, model(batch.to(model.device))))
+            passes.append((chunk, model(batch), batch.facts))
     return passes
 
 
 def _in_order(passes: Passes, count: int, device: torch.device) -> torch.Tensor:
     """Return the scores of P pairs, shape (4, P). The scores of other processes' pairs are 0."""
     scores_4P = torch.zeros(4, count, dtype=torch.float64, device=device)
-    for chunk, logps in passes:
+    for chunk, logps, _ in passes:
         scores_4P[:, chunk] = torch.stack([values_P.double() for values_P in logps])
     return scores_4P

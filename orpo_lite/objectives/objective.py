@@ -85,9 +85,7 @@ class Objective(ABC):
         return Divisors(len(pairs), tokens)
 
     @abstractmethod
-    def loss(
-        self, logps: PairLogps, facts: PairFacts, divisors: Divisors
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, logps: PairLogps, facts: PairFacts, divisors: Divisors) -> tuple[Tensor, Tensor]:
         """Return a micro-batch's share of the step's loss, and its share of each of ``parts``.
 
         The shares of all micro-batches and processes add up to the step's loss. The planner calls
@@ -138,9 +136,7 @@ class Objective(ABC):
         return "  ".join(texts)
 
 
-def mean_nll(
-    logps: PairLogps, divisors: Divisors, reduction: Literal["token", "pair"]
-) -> Tensor:
+def mean_nll(logps: PairLogps, divisors: Divisors, reduction: Literal["token", "pair"]) -> Tensor:
     """Return a micro-batch's share of the step's NLL, a scalar.
 
     ``reduction``: ``token``: mean over all counted tokens of the step. ``pair``: first the mean of

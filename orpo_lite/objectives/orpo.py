@@ -46,9 +46,7 @@ class Orpo(Objective):
         ),
     )  # fmt: skip
 
-    def loss(
-        self, logps: PairLogps, facts: PairFacts, divisors: Divisors
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, logps: PairLogps, facts: PairFacts, divisors: Divisors) -> tuple[Tensor, Tensor]:
         """Return :func:`orpo_loss` with the recipe's settings."""
         return orpo_loss(
             logps, divisors, beta=self.settings.beta, nll_reduction=self.settings.nll_reduction

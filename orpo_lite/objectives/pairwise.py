@@ -1,4 +1,4 @@
-"""Define the objectives that compare a score of the chosen with a score of the rejected response."""
+"""Define the objectives that compare the scores of a pair's two responses."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -66,9 +66,7 @@ class PairwiseObjective(Objective):
     def pair_loss(self, difference_P: Tensor) -> Tensor:
         """Return f of ``score of chosen - score of rejected``, shape (P,)."""
 
-    def loss(
-        self, logps: PairLogps, facts: PairFacts, divisors: Divisors
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, logps: PairLogps, facts: PairFacts, divisors: Divisors) -> tuple[Tensor, Tensor]:
         """Return the micro-batch's share of the step's loss, and of each of ``parts``."""
         logps = logps._replace(
             chosen_P=at_least_float32(logps.chosen_P),

@@ -25,9 +25,7 @@ class Sft(Objective):
         ),
     )
 
-    def loss(
-        self, logps: PairLogps, facts: PairFacts, divisors: Divisors
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, logps: PairLogps, facts: PairFacts, divisors: Divisors) -> tuple[Tensor, Tensor]:
         """Return the micro-batch's share of the step's NLL, and of each of ``parts``."""
         nll = mean_nll(logps, divisors, self.settings.nll_reduction)
         return nll, torch.stack([nll, logps.chosen_P.sum() / divisors.pairs]).detach()

@@ -184,7 +184,7 @@ def measure(
     ):
         batch = make_batch(pairs, batching).to(META)
         logps = model(batch)
-        loss, _ = objective.loss(logps, objective.divisors(pairs))
+        loss, _ = objective.loss(logps, batch.facts, objective.divisors(pairs))
         meter.phase = "backward pass"
         loss.backward()  # type: ignore[no-untyped-call]
     uncounted = int(_attention_flops(model, recipe, batch) * planned.uncounted)

@@ -115,10 +115,10 @@ def accumulate(
         scaler.scale(torch.zeros((), device=processes.device))
         chunks = micro_batches(batch, batching, rank=rank, world=processes.count)
         for number, chunk in enumerate(chunks):
-            rows = make_batch([batch[index] for index in chunk], batching)
+            rows = make_batch([batch[index] for index in chunk], batching).to(processes.device)
             seed_dropout(seed, step, number, rank)
-            logps = model(rows.to(processes.device))
-            loss, share = objective.loss(logps, divisors)
+            logps = model(rows)
+            loss, share = objective.loss(logps, rows.facts, divisors)
             processes.backward(scaler.scale(loss))
             # Add on the device: reading the value would make the host wait before the next batch.
             parts.add_(share)
