@@ -86,7 +86,7 @@ def with_torch_defaults(
     """Decorate a command so that it runs with the default global settings of torch.
 
     A notebook may have disabled gradients, enabled autocast, or set another default dtype or
-    device. These settings are restored at each update and at the end.
+    device. At each update and at the end, the settings of the notebook are restored.
     """
 
     @wraps(command)

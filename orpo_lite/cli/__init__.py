@@ -2,7 +2,7 @@
 
 A module imports only modules that come before it in this list. Import order: console, data_view,
 doctor_view, plan_view, progress, finish, quiet, completion, chat_loop, app; further modules come
-last. They define commands, and do not import each other.
+last. The further modules define commands (example: train_command), and do not import each other.
 """
 
 # Importing one of these modules adds its commands to the application.

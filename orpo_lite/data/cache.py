@@ -186,9 +186,9 @@ class Writer:
 
 
 def make_key(**parts: Any) -> str:
-    """Return the key of an entry: a hash of ``parts``, this package's code and LIBRARIES' versions.
+    """Return the key of an entry, a hash.
 
-    The key changes if any of these changes.
+    It depends on ``parts``, this package's code and the versions of the packages in LIBRARIES.
     """
     parts |= {"code": _code(), "versions": {name: version(name) for name in LIBRARIES}}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -166,7 +166,7 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:
-    """Return the number of optimizer steps for ``count`` pairs. The last may have fewer pairs."""
+    """Return how many optimizer steps ``count`` pairs need. The last step may have fewer pairs."""
     return math.ceil(count / global_batch_size)
 
 
@@ -208,7 +208,7 @@ def micro_batches(
 ) -> list[list[int]]:
     """Return the micro-batches that one process runs in a step, as lists of indices into ``pairs``.
 
-    Packed pairs are placed by first-fit decreasing bin packing, so that there are few passes.
+    Packed pairs are placed by first-fit decreasing bin packing, so that a step has few passes.
     Padded pairs are grouped by length. The result depends only on the arguments.
 
     Args:

@@ -128,9 +128,9 @@ class PairReader:
             self.drops.raise_nothing_left(", ".join(source.name for source in self.sources))
 
     def find(self, place: str) -> tuple[Pair, str | None]:
-        """Return the pair at a place such as pairs.csv:3, and the reason to leave it out or None.
+        """Return (pair at a place such as pairs.csv:3, None or the reason to leave the pair out).
 
-        ``place`` may have more or fewer folders in front. Raises DataError unless one row matches.
+        sub/p.csv:3 also finds p.csv:3, and the reverse. Raises DataError if none or too many match.
         """
         faults: list[DataError] = []
         ends_of_place: list[Pair] = []

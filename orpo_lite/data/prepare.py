@@ -43,9 +43,11 @@ def tokenized_splits(
 ) -> Generator[Update, None, tuple[TokenizedPairs, TokenizedPairs, dict[str, Any]]]:
     """Yield progress; finally return the tokenized training and held-out pairs, and their figures.
 
+    The figures are the content of data.json: see :func:`orpo_lite.data.statistics.figures`.
+
     If there is no held-out dataset, some prompts of the training dataset are held out, each with
-    all its pairs. They are selected after all filters. If the same rows were tokenized before with
-    the same template, limits and tokenizer, their tokens are read from the cache.
+    all its pairs. These prompts are selected after all filters. If the same rows were tokenized
+    before with the same template, limits and tokenizer, the tokens are read from the cache.
     """
     folder = cache_folder()
     if folder != configured_folder():

@@ -42,12 +42,14 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     - format: for each dataset, a sentence with its format and the reason
     - columns: for each dataset, its format, the columns that are read, and the other columns
     - rows_of_sets: for each training dataset, the number of rows read
-    - hints: fixes. The keys are keys of WARNINGS and reasons in dropped
-    - dropped: for each reason, the number of pairs left out and the first places
-    - tokens: quantiles of lengths. Responses are measured before the cut, with their end token
+    - dropped: for each reason, the number of pairs left out and the places of the first ones
+    - hints: a key of WARNINGS or a reason in ``dropped`` -> its fix
+    - tokens: quantiles of lengths. A response is measured with its end token, before
+      data.max_length cuts it
     - cut: the number and the share of pairs and responses that data.max_length cuts
     - chosen_longer, rejected_longer: the share of pairs in which this response is the longer one
-    - prompts: the number of different prompts in each split, and of those in both splits (shared)
+    - prompts: the number of different prompts in the training split, in the held-out split, and
+      in both splits (key ``shared``)
     - step: the mean number of tokens per pair that go through the model: with padding, without
       padding, and with a shared prompt
     - sha256: a hash of the content and the order of the pairs
@@ -100,7 +102,7 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
 def warning_lines(found: Mapping[str, Any]) -> list[str]:
     """Return a line for each key of WARNINGS whose count in ``found`` is not 0.
 
-    A line has the meaning, the count, and the fix if there is one.
+    A line has the meaning of the key, the count, and a fix if the key has one.
     """
     pairs = found["train_pairs"] + found["held_out_pairs"]
     lines = []
@@ -124,11 +126,11 @@ def _unique_values(values: Iterable[Any]) -> list[Any]:
 
 
 def response_lengths(columns: Mapping[str, NDArray[Any]], reply: str) -> NDArray[Any]:
-    """Return the number of tokens of each pair's response before the cut at data.max_length.
+    """Return the length of each pair's response in tokens, with those that data.max_length cut.
 
     Args:
-        columns: field of the PAIR record -> its values for all pairs.
-        reply: which response: chosen or rejected.
+        columns: field of the PAIR record -> values of this field for all pairs.
+        reply: ``chosen`` or ``rejected``.
     """
     tokens, cut, start = (columns[f"{reply}_{name}"] for name in ("tokens", "cut", "start"))
     lengths: NDArray[Any] = tokens + cut - start

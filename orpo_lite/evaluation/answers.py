@@ -1,7 +1,7 @@
 """Answer a file of prompts, and write the answers in the format that a grader reads.
 
-If the command is stopped, the same command continues after the answers that it has already. If the
-file of answers is finished, the same command does nothing.
+If a command was stopped, run the same command again. The finished answers are kept, and the other
+prompts are answered. If the file of answers is finished, the same command does nothing.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True)
 class GraderFormat:
-    """A grader's format: how prompts are read, and the defaults for answering them."""
+    """A grader's format: how questions are read, and the default settings for the answers."""
 
     read: Callable[[Mapping[str, Any]], Question | None]
     """Return the question of a row, or None if the row has another form."""
@@ -133,15 +133,16 @@ class Task:
 
     @property
     def progress(self) -> Path:
-        """The hidden file with the key and the answers so far.
+        """The hidden file with :attr:`key` and the answers so far.
 
-        At the end it keeps the key and the hash of the file of answers.
+        When all answers are in the file of answers, the answers in the hidden file are replaced by
+        the hash of the file of answers. The key stays in the hidden file.
         """
         return self.to.with_name(f".{self.to.name}.progress")
 
     @property
     def is_finished(self) -> bool:
-        """True if the same command has written the file of answers, and nobody changed it."""
+        """True if a command with this ``key`` wrote the answer file, and the file is unchanged."""
         head = _read_progress(self.progress)[0]
         return head.get("key") == self.key and _is_result(self.to, head)
 
@@ -192,8 +193,7 @@ def prepare_answers(
 
     Raises:
         RecipeError: the format is unknown; a value is out of range; ``to`` is missing for a model
-            that is not a run; or ``to`` holds, or an unfinished command began it with, answers of
-            another command.
+            that is not a run; or ``to`` was written or begun by another command.
         DataError: the prompts cannot be read, or have another form.
         OrpoLiteError: the model cannot be found; see
             :func:`orpo_lite.evaluation.open_run.find_model`.
@@ -294,7 +294,7 @@ def check_decoding(max_new_tokens: int | None, temperature: float | None) -> Non
 
 
 def read_questions(path: Path, grader: str) -> list[Question]:
-    """Return the questions in a file. Raise one :class:`DataError` for all wrong rows."""
+    """Return the questions in a file. Raise a single :class:`DataError` for all wrong rows."""
     if not path.is_file():
         raise DataError(
             where=f"--prompts {path}", found="no such file", expected="a file of prompts"

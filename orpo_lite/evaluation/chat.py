@@ -28,8 +28,9 @@ class Speaker:
 class Chat(AbstractContextManager["Chat"]):
     """A conversation: keeps the history and streams the answers. Use it as a context manager.
 
-    With ``compare``, first the base and then the tuned model answers each turn of the user. The
-    weights are loaded once. Each of the two models sees only its own earlier answers.
+    With ``compare``, each turn of the user gets two answers: the first from the base, the second
+    from the tuned model. The weights are loaded once. The base sees only its own earlier answers,
+    and so does the tuned model.
 
     Args:
         opened: the model.

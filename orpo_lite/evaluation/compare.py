@@ -4,9 +4,9 @@ Reward accuracy decides whether a model is better, because it is the only metric
 counts the same. Margin and log odds also rise if a model becomes surer of pairs that it already
 ranked correctly. The NLL ignores the rejected replies.
 
-ORPO trains the log odds, but they do not decide. They change the outcome to "cannot tell" if the
-differences in log odds and in accuracy are both clear (their intervals exclude 0) and have opposite
-signs. If only the difference in log odds is clear, the text says so.
+ORPO trains the log odds, but the log odds do not decide. A difference is clear if its interval
+excludes 0. If the differences in log odds and in accuracy are both clear and have opposite signs,
+the outcome is "cannot tell". If only the difference in log odds is clear, the text says so.
 
 Because one metric decides, two equal models are called different in 5% of the cases, as a 95%
 interval promises.
@@ -205,7 +205,8 @@ def compare(
 def name_pairs(data: DataSection, *, is_test: bool) -> str:
     """Return the name of scored pairs: ``pairs.jsonl``, or ``owner/name, split test``.
 
-    ``is_test``: the pairs are the test split of the recipe, if it names one.
+    ``is_test``: True if the pairs are held out. Then the result names the recipe's test split, if
+    the recipe has a test split.
     """
     names, split = ", ".join(data.names), data.dataset_test_split
     if split is None or not is_test:

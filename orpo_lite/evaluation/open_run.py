@@ -207,7 +207,7 @@ def load_model(found: FoundModel) -> OpenRun:
 
 @contextmanager
 def explain_out_of_memory(where: str, expected: str, fix: str = FREE_MEMORY) -> Iterator[None]:
-    """Turn an error of the block that reports a lack of GPU memory into a :class:`FitError`."""
+    """Raise :class:`FitError` if the code in the ``with`` block runs out of GPU memory."""
     try:
         yield
     except RuntimeError as error:

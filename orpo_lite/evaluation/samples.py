@@ -40,7 +40,7 @@ class Prompt:
 
 
 def find_prompts(recipe: Recipe, inputs: Inputs) -> Generator[Update, None, list[Prompt]]:
-    """Return up to ``output.samples`` neutral prompts, and as many prompts of held-out pairs.
+    """Return up to ``output.samples`` prompts of NEUTRAL, and up to as many of held-out pairs.
 
     On an error, yield a note and return no prompts.
     """

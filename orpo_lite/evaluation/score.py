@@ -20,7 +20,7 @@ def score_pairs(
 ) -> Generator[Update, None, PairLogps]:
     """Yield progress; finally return the scores of P pairs: float64 tensors of shape (P,).
 
-    The scores are in the order of the pairs. ``model.route`` is then the route that was used.
+    The scores are in the order of the pairs. Afterwards, ``model.route`` is the route used.
 
     Args:
         model: the model, with or without an adapter.

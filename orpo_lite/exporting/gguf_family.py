@@ -340,7 +340,7 @@ def _frequencies(config: Any, rope_type: str) -> tuple[np.ndarray, float]:
 def find_targets(
     made: Description, config: Any, tensors: dict[str, Stored], where: str
 ) -> list[Target]:
-    """Return the tensors for the GGUF file, with llama.cpp's names and sorted by layer.
+    """Return the tensors for the GGUF file, sorted by layer. The names are llama.cpp's.
 
     Raises:
         ModelError: llama.cpp does not support a tensor, a tensor is missing, or the shape of a

@@ -80,8 +80,8 @@ def quantise(source: Path, file: Path, outtype: str) -> None:
 def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) -> None:
     """Raise :class:`ModelError` if llama.cpp and transformers tokenise a text differently.
 
-    For llama.cpp, ``lead`` is added before each text. It is the space with which the exported chat
-    template begins, or "".
+    ``lead`` is the space with which the exported chat template begins, or "". For llama.cpp, each
+    text is tokenised with ``lead`` before the text.
     """
     where = str(file)
     model = _open(file, vocab_only=True, n_ctx=8, n_batch=8)

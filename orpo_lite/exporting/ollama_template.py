@@ -3,8 +3,9 @@
 Ollama's templates are written in Go, but a tokenizer's chat template is written in Jinja. The Jinja
 code is not translated. Instead, the chat template renders conversations whose messages are
 placeholders, and the texts between the placeholders are extracted. The Go template writes these
-texts. As a check, longer conversations are built from the texts. If the chat template renders one
-of these conversations differently, the export is refused.
+texts. As a check, the prompts of conversations with 1 to ``LONGEST`` questions are built from the
+texts. If the chat template gives another prompt, the export is refused. If the prompts differ only
+with a system text, white space around a message or <think>, the export has a note instead.
 """
 
 import json
@@ -102,7 +103,10 @@ def _quoted(text: str) -> str:
 
 
 def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
-    """Return (turns, notes): a chat template's texts, and notes on differences in Ollama.
+    """Return (turns, notes) for a chat template.
+
+    ``turns`` holds the texts that the template writes around messages. Each note is a sentence on a
+    difference between this template and Ollama's template.
 
     Args:
         render: the function that renders the chat template.

@@ -1,7 +1,7 @@
 """Compute the delta of a stored tensor: the numbers that an adapter adds to it.
 
-The LoRA matrices A and B of a tensor are read when this tensor is merged. If the tensor is stored
-unchanged, its delta is computed for one block of rows at a time.
+The LoRA matrices A and B of a tensor are read when this tensor is merged. If transformers loads the
+tensor without conversion, the delta is computed for one block of rows at a time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Delta(Protocol):
 class LoraDelta:
     """The LoRA delta of one parameter: ``scale * B @ A``.
 
-    With DoRA, the rows of weight plus delta are rescaled. Their new norms are in ``magnitude``.
+    With DoRA, each row of ``W + scale * B @ A`` is rescaled. ``magnitude`` holds the new norms.
     """
 
     parameters: tuple[str, ...]
@@ -137,7 +137,7 @@ class ConvertedDelta:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedGroup:
-    """Parameters that are stored together, with a LoRA delta for each adapted parameter."""
+    """Parameters with the same origin, and a LoRA delta for each parameter with an adapter."""
 
     origin: Origin
     deltas: Mapping[str, LoraDelta]

@@ -34,7 +34,7 @@ class Origin:
         return None if self.converter else next(iter(self.stored))
 
     def to_stored(self, values: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """Convert parameter values to the stored form. Return name of stored tensor -> tensor."""
+        """Convert parameter values to the stored form. Return a dict: stored name -> tensor."""
         if self.converter is None:
             return {str(self.unchanged): values[self.parameters[0]]}
         back = self.converter.reverse_transform()
@@ -62,11 +62,11 @@ class Origin:
 
 
 def find_origins(model: Any, names: Iterable[str]) -> dict[str, Origin]:
-    """Return parameter name -> origin. ``names`` are the names of all stored tensors.
+    """Return name of a parameter -> the stored tensors that the parameter is loaded from.
 
-    The functions of transformers that load a model find the parameter of each stored tensor. Stored
-    tensors without a parameter are left out, such as those of a vision tower or of multi-token
-    prediction.
+    ``names`` are the names of all stored tensors. transformers' own loading functions map each name
+    to its parameter. Stored tensors that belong to no parameter are left out, such as those of a
+    vision tower or of multi-token prediction.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]

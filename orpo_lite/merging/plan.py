@@ -51,7 +51,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """A layer of the base that has an adapter. Both are on the meta device."""
+    """A layer of the base, with its adapter. Layer and adapter are on the meta device."""
 
     name: str
     layer: Any
@@ -62,7 +62,7 @@ class AdaptedLayer:
 
 
 def check_mergeable(recipe: Recipe, base: Base) -> None:
-    """Check before a training that its adapter can be merged later. If not, raise ModelError."""
+    """Raise ModelError before a training if its adapter could not be merged later."""
     name = recipe.model.adapter_name_or_path
     fix = Overrides({"lora.target_modules": "all-linear"})
     if name:

@@ -233,7 +233,7 @@ class Answerer:
 
     @property
     def note(self) -> str:
-        """A note for people that prompts are answered one at a time, and why; "" in batches."""
+        """A note that says why prompts are answered one at a time; "" if batches are possible."""
         fault = self.padding_fault
         return f"the prompts are answered one at a time, because {fault}" if fault else ""
 
@@ -254,8 +254,8 @@ class Answerer:
         """Yield the text of an answer piece by piece. Pieces end at spaces if the text has spaces.
 
         transformers' ``generate`` runs in a thread. The thread ends at its next token if this
-        generator is closed. It also ends if an exception is raised in this generator, such as
-        KeyboardInterrupt.
+        generator is closed, or if an exception such as KeyboardInterrupt is raised in this
+        generator.
         """
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         stopped, errors = threading.Event(), list[BaseException]()

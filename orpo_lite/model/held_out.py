@@ -31,8 +31,9 @@ def evaluate(
     dropout, no random generator is used, and the 4-bit weights do not change.
 
     Returns:
-        The objective's metrics, with names such as ``eval_loss``; {} if there are no pairs. They do
-        not depend on the micro-batches, because the NLL is divided by the tokens of all pairs.
+        The objective's metrics, with names such as ``eval_loss``; {} if there are no pairs.
+        The metrics do not depend on the micro-batches, because the NLL is divided by the tokens of
+        all pairs.
 
         The scores: the log-probabilities of each pair, in the order of ``pairs``. Each tensor has
         shape (P,), float64, and is on the CPU. Every process gets the scores of all pairs.
@@ -55,7 +56,7 @@ def evaluate(
 def score(
     model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, *, pad_id: int = 0
 ) -> Generator[tuple[int, int], None, PairLogps]:
-    """Yield progress as :func:`evaluate` does, but return only the scores. Use one process."""
+    """Return the scores of pairs, using one process. Yield progress as :func:`evaluate` does."""
     passes = yield from _forward(model, pairs, recipe, pad_id=pad_id)
     return PairLogps(*_in_order(passes, len(pairs), model.device).cpu())
 

@@ -90,9 +90,9 @@ def bare_pair_model(
 
     On the meta device, its tensors have no values. On other devices, its weights are random.
 
-    ``config`` may have fewer layers than the base. If ``lora.target_modules`` names single layers
-    or experts for an adapter to continue, some of them may not exist. In this case the new adapter
-    is on all linear layers instead.
+    ``config`` may have fewer layers than the base. If the recipe continues an adapter, the names in
+    ``lora.target_modules`` may be single layers or experts: ``layers.9.q_proj``. This layer may not
+    exist here. So if a name has a dot, the adapter of this model is on all linear layers instead.
     """
     names = recipe.lora.target_modules
     if recipe.model.adapter_name_or_path and any("." in name for name in names):
@@ -103,7 +103,7 @@ def bare_pair_model(
 def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> Any:
     """Build the model of :func:`bare_pair_model` without an adapter.
 
-    It is quantised if ``quantization.load_in_4bit`` is set.
+    The model is quantised if ``quantization.load_in_4bit`` is set.
     """
     with device:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)

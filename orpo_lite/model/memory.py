@@ -1,4 +1,4 @@
-"""Apply the recipe's ``memory`` settings to a model. They do not change loss or gradient."""
+"""Apply the recipe's ``memory`` settings to a model, without a change of loss or gradient."""
 
 from peft.tuners.lora import LoraLayer
 from torch import nn

@@ -107,7 +107,7 @@ class PairModel(nn.Module):
         return padded_logps(output.logits, batch.input_ids_RT, batch.response_RT, batch.counted_RT)
 
     def score(self, batch: PackedPairs, route: Route) -> Tensor:
-        """Return the log-probability of each target of the batch (``targets_N``), shape (N,)."""
+        """Return the log-probabilities of the tokens in ``batch.targets_N``, shape (N,)."""
         if route == "logits" or self.chunk is None:
             return pick(at_least_float32(self.row_logits(batch, route)), batch.targets_N)
         return row_logps(
@@ -115,7 +115,10 @@ class PairModel(nn.Module):
         )
 
     def row_logits(self, batch: PackedPairs, route: Route) -> Tensor:
-        """Return the logits that predict the batch's targets, shape (N, V), all in memory."""
+        """Return the logits that predict the batch's targets, shape (N, V).
+
+        All logits are in memory at once.
+        """
         if route == "logits":
             outputs = self._each_row(self.model, batch)
             return torch.cat([output.logits[0] for output in outputs])[batch.rows_N]
@@ -218,7 +221,7 @@ class PairModel(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Switch off the adapter's dropout and gradients inside the ``with`` block."""
+        """Switch off gradients and the adapter's dropout inside the ``with`` block."""
         was_training = self.training
         self.eval()
         try:
@@ -258,7 +261,7 @@ class PairModel(nn.Module):
 
 
 def find_head(causal: Any) -> Head:
-    """Return the model's head, with the scale and the softcap of logits from its configuration.
+    """Return the model's head. The model's configuration gives the scale and softcap of its logits.
 
     If a model changes its logits in another way, ``model.probe`` detects this.
     """

@@ -1,4 +1,4 @@
-"""Compare this package's training step with the model's own code before the training (probe)."""
+"""Probe a model before the training: compare this package's step with the model's own code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,11 +28,12 @@ from orpo_lite.ops.devices import dtype_name
 
 
 def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
-    """Find the fastest route that gives the same results as the model's own code, and use it.
+    """Choose the fastest correct way (a route) to send pairs through the model, and use it.
 
-    A route is one way to send pairs through the model, such as packed into one row. On random
-    pairs, the log-probabilities and the gradient of each route are compared with the model's own.
-    If the model must use a simpler route, ``model.notes`` gives the reason.
+    Example of a route: several pairs are packed into one row. A route is correct if it gives the
+    same results as the model's own code. On random pairs, the log-probabilities and the gradient of
+    each route are compared with those of the model's own code. If the model must use a simpler
+    route, ``model.notes`` gives the reason.
 
     A route can give wrong results if the model has position biases (ALiBi), linear or sparse
     attention, attention sinks or positions that are counted along the row. It can also be wrong if
@@ -77,9 +78,9 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
 
 
 def probe_operations(model: PairModel) -> None:
-    """Compare this package's layers with the model's own layers, but compare no routes.
+    """Compare this package's layers with the model's own layers.
 
-    This is for recipes without packing, which use no routes.
+    Recipes without packing need only this part of :func:`probe`, because they use no routes.
     """
     with _random_adapter(model):
         _compare_operations(model)

@@ -36,12 +36,13 @@ class Gradient(NamedTuple):
 
 
 def own_gradient(model: PairModel) -> Gradient:
-    """Return the gradient of the model's and peft's own layers, and a bound for rounding errors.
+    """Return the gradient with the layers of the model and of peft, and a bound for differences.
 
-    The gradient is computed with all logits in memory. In half precision, the bound is measured:
-    the first layer's input is rounded once more, and the bound is three times the effect on the
-    gradient, but at least 0.01 and at most 0.3. The same operations in another order have an effect
-    of the same size: from 1% of the gradient (Llama) to 10% (Gemma).
+    The layers of this package are not used, and all logits are in memory. The bound says how much
+    rounding alone may change the gradient. In half precision, the bound is measured: noise of the
+    size of a rounding error is added to the embeddings. The bound is three times the effect of this
+    noise on the gradient, but at least 0.01 and at most 0.3. The same operations in another order
+    have an effect of the same size: from 1% of the gradient (Llama) to 10% (Gemma).
     """
     with own_layers(model):
         parts = _gradient(model, "logits")
@@ -55,7 +56,11 @@ def own_gradient(model: PairModel) -> Gradient:
 
 
 def gradient_difference(model: PairModel, route: Route, own: Gradient) -> str:
-    """Describe how a route's gradient differs from the model's own; "" if only by rounding."""
+    """Describe how a route's gradient differs from the model's own gradient.
+
+    The description is "" if the difference can come from rounding. If the model's code fails on
+    the route, return the reason.
+    """
     try:
         difference = _distance(_gradient(model, route), own.parts)
     except MODEL_CODE_ERRORS as error:
@@ -66,7 +71,7 @@ def gradient_difference(model: PairModel, route: Route, own: Gradient) -> str:
 
 
 def check_reruns(model: PairModel) -> None:
-    """Check that checkpointing does not change the gradient, also if layer inputs are offloaded.
+    """Check that checkpointing, and offload if it is used, do not change the gradient.
 
     Raises:
         ModelError: the gradient with checkpointing differs, or the gradient is not finite.
@@ -104,7 +109,7 @@ def check_reruns(model: PairModel) -> None:
 def drop_wrong_operations(model: PairModel, own: Gradient) -> None:
     """Remove this package's layers if they give another gradient than the model's own layers.
 
-    peft's and the model's own layers are then used, and ``model.notes`` gives the reason.
+    The model then uses peft's layers and the model's own layers. ``model.notes`` gives the reason.
     """
     replaced = replaced_modules(model)
     tiled = [module.forward for module in replaced if hasattr(module.forward, "tokens")]
@@ -133,7 +138,7 @@ def replaced_modules(model: PairModel) -> list[nn.Module]:
 
 @contextmanager
 def own_layers(model: PairModel) -> Iterator[None]:
-    """Use the model's and peft's own layers inside the ``with`` block.
+    """Use the layers of the model's code and of peft, not orpo-lite's, inside the ``with`` block.
 
     Settings that keep the embedding or the layers' inputs in host memory still have an effect.
     """

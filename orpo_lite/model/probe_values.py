@@ -1,6 +1,6 @@
 """Compare a route's log-probabilities with those of the model's own forward pass.
 
-The functions for random pairs, rounding and error texts are also used to compare gradients.
+``probe_gradients.py`` also uses the functions for random pairs, rounding and error texts.
 """
 
 import logging
@@ -43,7 +43,10 @@ class ValueComparison:
         self.short = random_pairs(self.config, SHORT_PAIRS)
 
     def difference(self, route: Route) -> str:
-        """Describe how a route differs from the route ``logits``; "" if only by rounding."""
+        """Describe how a route's results differ from the results of the route ``logits``.
+
+        Return "" if the results differ only by rounding.
+        """
         if self._head_difference:
             return self._head_difference
         if route == "rows":
@@ -217,7 +220,7 @@ def rounded_input(model: PairModel) -> Iterator[None]:
 
 
 def error_reason(error: Exception, route: Route) -> str:
-    """Return a reason for a note: the model's code raised ``error`` on the route ``route``."""
+    """Return why ``route`` fails, as text for a note. The model's code raised ``error`` there."""
     if isinstance(error, UnsupportedError):
         return str(error)
     what = "does not take packed rows" if route in ("shared", "packed") else "fails"

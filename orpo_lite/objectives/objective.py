@@ -101,7 +101,10 @@ class Objective(ABC):
 
     @abstractmethod
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
-        """Return the metrics of a step, with ``loss``. ``parts`` are sums over the whole step."""
+        """Return the metrics of a step. One of them is ``loss``.
+
+        ``parts``: the values that :attr:`parts` names, each summed over the whole step.
+        """
 
     def described(self) -> list[tuple[str, str]]:
         """Return a (name, value) pair for each setting of the loss, for the model card."""

@@ -94,7 +94,7 @@ def host_memory(size: int, device: torch.device) -> Tensor:
 
 
 def is_on_host(tensor: Tensor) -> bool:
-    """Return True if a tensor is in host memory, or if it is a meta tensor that represents it."""
+    """Return True for a tensor in host memory or a meta tensor that represents host memory."""
     return tensor.untyped_storage() in _host_storages if tensor.is_meta else tensor.device == HOST
 
 

@@ -177,15 +177,16 @@ class _RowJacobian(torch.autograd.Function):
 
 
 class Spans(NamedTuple):
-    """The parts of one pair's scored rows, and the rows that are added up for each result.
+    """The parts of one pair's scored rows, and the rows that each of three sums includes.
 
     The scored rows have three parts: the common prefix, the rest of the chosen sequence and the
     rest of the rejected sequence. ``prefix``, ``chosen`` and ``rejected`` are the numbers of rows
     in these parts.
 
     There are three sums: for the chosen response, the rejected response and the NLL. Each sum
-    includes the rows of the prefix from ``*_in_prefix`` on, and the rows of a rest from
-    ``*_in_rest`` on. The NLL's sum uses the rest of the chosen sequence.
+    includes the last rows of the prefix and the last rows of a rest. For example, the chosen sum
+    begins at row ``chosen_in_prefix`` of the prefix, and at row ``chosen_in_rest`` of the rest of
+    the chosen sequence. The NLL's sum also uses the rest of the chosen sequence.
     """
 
     prefix: int

@@ -134,7 +134,8 @@ def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: floa
     """Return the output of a 4-bit layer with its adapter, for few rows and without gradients.
 
     The arguments are those of :func:`lora_linear`; ``layer`` is the frozen 4-bit layer.
-    bitsandbytes chooses its kernel by GPU and shape. It dequantises the matrix if that is faster.
+    bitsandbytes chooses its kernel by GPU and shape. If a dequantised matrix is faster,
+    bitsandbytes dequantises the matrix.
     """
     import bitsandbytes as bnb
 
@@ -144,7 +145,7 @@ def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: floa
 
 
 def frozen_weight(layer: nn.Module) -> Weight | None:
-    """Return a function that returns a linear layer's matrix, or None if it is not supported.
+    """Return a function that returns a linear layer's matrix; None for an unsupported layer.
 
     The function dequantises a 4-bit matrix at each call. Two kinds of layers are not supported:
     layers that are not linear, and 4-bit layers whose compute dtype is not the dtype of the

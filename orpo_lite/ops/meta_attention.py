@@ -50,8 +50,9 @@ def varlen_workspace(query: Tensor, key: Tensor, value: Tensor, segments: int) -
     sequence. If query heads share keys and values, there are also gradients of keys and values for
     each query head.
 
-    Deterministic kernels allocate ``dq_accum`` several times, and more often for fewer sequences.
-    The size returned is the largest size for any number of sequences from 1 to ``segments``.
+    Deterministic kernels allocate several copies of ``dq_accum``: the fewer sequences, the more
+    copies. The size of the returned ``dq_accum`` is the largest size for 1 to ``segments``
+    sequences.
 
     Args:
         query: shape (T, H, E).
@@ -105,7 +106,7 @@ def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: in
     """Simulate the memory use of FlashAttention or a similar kernel (:class:`MetaAttention`).
 
     For FlashAttention, ``segments`` is the number of sequences in the row. For kernels that take
-    one sequence at a time, it is 0.
+    one sequence at a time, ``segments`` is 0.
     """
     out: Tensor = MetaAttention.apply(query, key, value, segments, 1)
     return out

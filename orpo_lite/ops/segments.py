@@ -3,9 +3,10 @@
 A segment is a part of the row whose tokens attend to each other causally. A segment can have a
 prefix: another part of the row, to which all tokens of the segment attend too.
 
-If a pair shares its prompt, the row contains ``[prefix | chosen rest | rejected rest]``. The first
-segment is the prefix and the chosen rest. The second segment is the rejected rest, and its prefix
-is the shared one. So the rejected tokens attend as if they followed the prefix directly: the causal
+If a pair shares its prompt, the row contains ``[prefix | chosen rest | rejected rest]``: the common
+prefix of the two sequences, and then the rest of each sequence. The first segment is the common
+prefix and the chosen rest. The second segment is the rejected rest, and its prefix is the common
+prefix. So the rejected tokens attend as if they followed the common prefix directly: the causal
 mask is aligned bottom-right.
 """
 
@@ -27,7 +28,8 @@ from torch import Tensor
 class Segment(NamedTuple):
     """The tokens ``start:stop`` of a row.
 
-    They attend to all tokens ``prefix_start:prefix_stop`` and, causally, to each other.
+    These tokens attend to all tokens ``prefix_start:prefix_stop``. They attend to each other
+    causally.
     """
 
     start: int
@@ -73,8 +75,8 @@ def use_layout(layout: Layout | None) -> Iterator[None]:
 def current_layout() -> Layout | None:
     """Return the layout that :func:`use_layout` has set, or None if none is set.
 
-    A checkpointed layer stores the layout for its second run, because that run may be on another
-    thread, which has no layout.
+    A checkpointed layer runs again in the backward pass. The second run may be on another thread,
+    which has no layout. Therefore the layer stores the layout of its first run.
     """
     return _current.get()
 
@@ -136,9 +138,11 @@ def _starts(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor
 
 
 class Run(NamedTuple):
-    """Consecutive segments of similar length, as slices of a row's queries and keys.
+    """Consecutive segments of similar length.
 
-    ``starts_q`` and ``starts_k`` are the first index of each sequence within these slices.
+    ``queries`` and ``keys`` are slices of the queries and keys from :func:`as_sequences`.
+    ``starts_q`` and ``starts_k`` give the index in these slices at which each segment begins. The
+    last entry is the length of the slice. In ``keys``, a segment begins with a copy of its prefix.
     """
 
     queries: slice
@@ -187,14 +191,14 @@ def _is_similar(group: Sequence[Segment]) -> bool:
 
 
 def clear_row_caches() -> None:
-    """Delete the cached index tensors of recent rows, so that a measured step allocates them."""
+    """Delete the cached index tensors of recent rows. A measured step then allocates new ones."""
     _key_index.cache_clear()
     _starts.cache_clear()
     similar_runs.cache_clear()
 
 
 def join_tokens(tensor: Tensor, prefix: slice, own: slice) -> Tensor:
-    """Return the tokens ``prefix`` followed by the tokens ``own``, as a view if prefix is empty."""
+    """Return the tokens ``prefix`` and then the tokens ``own``; a view if ``prefix`` is empty."""
     own_tokens = tensor[:, :, own]
     if prefix.stop <= prefix.start:
         return own_tokens

@@ -47,7 +47,11 @@ class UnusableGpu:
 
 
 def describe_device(device: torch.device, doing: str = "training") -> str:
-    """Return text for the user: the task, its device, and on a CPU the fault of an unusable GPU."""
+    """Return a text for the user: the task and the device.
+
+    If the device is the CPU and torch cannot use the machine's GPU, the text also gives the reason
+    and what to install.
+    """
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         memory, version = properties.total_memory / GIB, f"{properties.major}.{properties.minor}"

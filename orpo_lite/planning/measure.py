@@ -70,13 +70,14 @@ def heaviest_pairs(
 ) -> list[TokenizedPair]:
     """Return pairs that need at least as much memory as any micro-batch of the given pairs.
 
-    If all pairs of a micro-batch are in one row, memory grows with three numbers: the tokens, the
-    segments (FlashAttention adds 128 rows for each), and the prefix tokens (attention repeats their
-    keys and values). In the returned pairs, each number is at its maximum over all possible
-    micro-batches.
+    If all pairs of a micro-batch are in one row, memory grows with three numbers: the number of
+    tokens, of segments and of prefix tokens. FlashAttention adds 128 rows for each segment.
+    Attention repeats the keys and values of prefix tokens. In the returned pairs, each of the three
+    numbers is at its maximum over all possible micro-batches.
 
-    Otherwise, the longest pairs are divided into micro-batches, and the largest micro-batch is
-    returned. If it has space for more tokens, one more pair fills the space.
+    If the pairs are in several rows, the longest pairs are divided into micro-batches. The largest
+    micro-batch is returned. If this micro-batch has space for more tokens, one more pair fills the
+    space.
     """
     most = recipe.training.global_batch_size
     if not (batching.packed and in_one_row):
@@ -131,10 +132,10 @@ class MetaModels:
         self._models: dict[int, PairModel] = {}
 
     def get(self, recipe: Recipe, config: Any, dtype: torch.dtype) -> PairModel:
-        """Return the model of this configuration with the recipe's memory settings.
+        """Return a model of this configuration with the recipe's memory settings.
 
-        Calls with the same number of layers share the modules of one model, and each call changes
-        them. So only use the model of the last such call.
+        Models with the same number of layers share their modules. Each call changes the modules.
+        So after a second call with the same number of layers, do not use the first model.
         """
         layers = int(config.get_text_config().num_hidden_layers)
         if layers not in self._models:
@@ -226,7 +227,7 @@ def resident_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
     """Return (part -> bytes that stay on the device through all steps, paged bytes).
 
     Paged bytes are optimizer states that the driver may move to host memory. The part "optimizer"
-    includes them.
+    includes the paged bytes.
     """
     tensors_by_part = held_tensors(model)
     sizes = {name: sum(map(storage_bytes, tensors)) for name, tensors in tensors_by_part.items()}

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedRoute:
-    """A predicted route of pairs: see :data:`orpo_lite.model.pair_model.Route`."""
+    """A predicted route of pairs through the model: :data:`orpo_lite.model.pair_model.Route`."""
 
     route: Route
     attention: str | None
@@ -41,7 +41,7 @@ class PlannedRoute:
     """Why the route of the recipe cannot be used; "" if it is used."""
 
     def apply(self, model: PairModel, kind: str) -> None:
-        """Make a model on meta use this route. ``kind`` is the kind of device to plan for."""
+        """Set this route in a model on meta. ``kind`` is the kind of device to plan for."""
         model.target_kind = kind
         if self.route != model.route:
             model.fall_back(self.route, self.reason)
@@ -50,18 +50,21 @@ class PlannedRoute:
 
 
 def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> PlannedRoute:
-    """Return the fastest route on which all layers can use this package's attention.
+    """Return the route that the probe before the training is expected to choose.
+
+    If all layers can use this package's attention, this is the recipe's route: shared or packed.
+    Otherwise each sequence goes through the model alone. Recipes without packing use no routes.
 
     This package registers its attention function in transformers. Most layers call the registered
     function, but layers with ALiBi or linear attention do not. The function also refuses attention
-    sinks and masks. If there is no route on which all layers can use it, each sequence goes through
-    the model alone.
+    sinks and masks. If the model's rotary embedding changes with the length, each sequence also
+    goes through the model alone.
 
-    Meta tensors have no values. So an error that only changes values is not found here, but by the
-    probe before the training.
+    Meta tensors have no values. So this function cannot find a route that gives wrong values. The
+    probe finds such a route.
 
     Raises:
-        One of MODEL_CODE_ERRORS: the model does not run on meta at all.
+        One of MODEL_CODE_ERRORS: the model cannot be built on meta.
     """
     preferred: Route = "shared" if recipe.memory.prompt_sharing else "packed"
     longest = int(triples[:, 1:].max())
@@ -129,7 +132,10 @@ def _one_layer_of_each_type(config: Any) -> Any:
 
 
 def with_layers(config: Any, layers: int) -> Any:
-    """Return a copy with ``layers`` layers. If the configuration has fewer, they are repeated."""
+    """Return a copy of a configuration, with ``layers`` layers.
+
+    Lists with one entry per layer are cut, or are repeated from their start: [a, b] -> [a, b, a].
+    """
     config = copy.deepcopy(config)
     text = config.get_text_config()
     for key, value in vars(text).items():

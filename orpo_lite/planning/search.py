@@ -95,7 +95,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """The bytes for a step or for loading the base, whichever is larger, with allowances."""
+        """Bytes of a step or of loading the base: the larger number, including allowances."""
         loading = self.measured.loading + sum(self._allowances(0).values())
         return max(self.peak + sum(self.allowances.values()), loading)
 
@@ -109,7 +109,7 @@ class MemoryPlan:
 
     @property
     def flops_per_pair(self) -> float:
-        """FLOPs of the measured forward and backward pass, divided by its number of pairs."""
+        """FLOPs of the measured forward and backward pass, divided by the number of pairs."""
         flops = sum(flops * count for (flops, _), count in self.measured.work.items())
         return flops / self.measured.pairs
 
@@ -259,7 +259,7 @@ class Planner:
         return [kept for kept in amounts if kept < self.layers or not partly]
 
     def extrapolation(self, choice: Mapping[str, Any]) -> LayerExtrapolation:
-        """Return the extrapolation for a choice. It does not depend on ``embedding_on_cpu``."""
+        """Return the extrapolation for a choice of settings. ``embedding_on_cpu`` has no effect."""
         known = self._extrapolations.get(_step_key(choice))
         if known is not None:
             return known
@@ -291,7 +291,7 @@ class Planner:
         return found
 
     def fastest_settings(self, budget: int | None, gpu: Gpu | None) -> dict[str, Any] | None:
-        """Return the fastest settings that fit by extrapolation; None if no settings fit."""
+        """Return the fastest settings that fit, else None. Time and memory are extrapolated."""
         fastest: dict[str, Any] | None = None
         fastest_time = math.inf
         for choice in self.choices():
@@ -354,7 +354,7 @@ class Planner:
         return MemoryPlan(settings, budget, gpu, found, self.recipe.training.full_determinism)
 
     def plan(self, budget: int | None, gpu: Gpu | None) -> MemoryPlan:
-        """Return the fastest plan that fits the budget. It is measured with all layers.
+        """Return the fastest plan that fits the budget. The plan is measured with all layers.
 
         If nothing fits, return the plan that needs the least memory.
         """
@@ -372,7 +372,7 @@ class Planner:
         return self.run(smallest, budget, gpu)
 
     def row(self, gpu: Gpu) -> GpuRow:
-        """Return the row of a GPU: the fastest settings that fit, or else the least bytes."""
+        """Return a GPU's row: the fastest settings that fit. If none fit: only the least bytes."""
         settings = self.fastest_settings(gpu.memory, gpu)
         if settings is None:
             return GpuRow(gpu, None, self.least_bytes(gpu), None)
@@ -450,7 +450,7 @@ def _step_key(choice: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def no_plan(name: str, error: Exception) -> ModelError:
-    """Return the error for a model whose memory cannot be measured on meta."""
+    """Return the error for a model whose memory cannot be measured with meta tensors."""
     logger.warning("the step could not be measured", exc_info=error)
     return ModelError(
         where=f"model {name}",
@@ -465,7 +465,7 @@ def fit(
     """Return the fastest plan within ``budget`` bytes.
 
     Raises:
-        FitError: nothing fits. Its fix lists the changes of the recipe that would fit.
+        FitError: no plan fits. The fix lists the recipe changes that are enough, if there are any.
     """
     planner = Planner(recipe, config, triples, kind)
     plan = planner.plan(budget, gpu)
@@ -475,7 +475,7 @@ def fit(
 
 
 def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
-    """Return the error for a plan that does not fit. Its fix lists the changes that would fit."""
+    """Return the error for a plan that does not fit. The fix lists the changes that are enough."""
     found = f"at least {gib(plan.needed)} are needed, and the budget is {gib(plan.budget or 0)}"
     lines = []
     for change in changes:

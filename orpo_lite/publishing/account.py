@@ -15,7 +15,7 @@ ROLES = ("write", "contributor", "admin")  # roles in an organisation that may w
 class WrongTargetError(HubError):
     """The owner or the visibility of the requested repository is wrong.
 
-    ``instead`` and ``is_private`` are a name and a visibility to use instead.
+    The fix is a push to the repository ``instead`` with the visibility ``is_private``.
     """
 
     def __init__(self, *, instead: str, is_private: bool, **message: str) -> None:
@@ -89,7 +89,10 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
 
 
 def find_target(repository: str, is_private: bool) -> Attempt[Target]:
-    """Do the same as :func:`check_target`, but do not check HF_ENDPOINT, offline mode and token."""
+    """Ask the hub whether the account may create a repository or write to it. Change nothing.
+
+    HF_ENDPOINT, offline mode and token are not checked here. :func:`check_target` checks them too.
+    """
     where = f"hub, {repository}"
     account = yield from retry(where, "reading the account", _whoami)
     repository = repository if "/" in repository else f"{account.name}/{repository}"

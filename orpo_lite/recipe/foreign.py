@@ -166,8 +166,9 @@ BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 def answer_unknown(written: dict[str, Written]) -> Iterator[RecipeError]:
     """Remove unknown keys from ``written``, and yield an error for each unknown key.
 
-    If the key is from another tool (such as TRL), the error names our key with the same meaning.
-    Otherwise the error names our most similar key.
+    If the key is from another tool (such as TRL), the error names this package's key for the same
+    purpose, or explains why there is none. Otherwise the error names the same key with its section
+    (``r`` -> ``lora.r``), or a similar key or section, or all sections.
     """
     known = {f"{section}.{key}" for section, keys in KEYS.items() for key in keys}
     batch = [f"{section}{key}" for section in ("", "training.") for key in BATCH_KEYS]

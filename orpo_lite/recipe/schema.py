@@ -262,9 +262,10 @@ class TrainingSection(Section):
 
 
 class MemorySection(Section):
-    """The memory settings of a step, with our own names. They do not change loss or gradient.
+    """The memory settings of a step. These settings do not change loss or gradient.
 
-    The plan (``orpo-lite plan``) chooses each value that is auto, except the budget.
+    The keys have names of orpo-lite, not of transformers' TrainingArguments. The plan
+    (``orpo-lite plan``) chooses each value that is auto, except the budget.
     """
 
     budget: Annotated[str, BeforeValidator(check_budget)] = "auto"

@@ -59,8 +59,8 @@ def read_module_names(value: object) -> object:
 def read_names(value: object) -> object:
     """Split a text with several names into a list: "a,b" or the JSON '["a", "b"]' -> ["a", "b"].
 
-    A text without commas is returned unchanged. The path of an existing file or folder is returned
-    unchanged too, because a path may contain a comma.
+    Any other text without commas is returned unchanged. The path of an existing file or folder is
+    returned unchanged too, because a path may contain a comma.
     """
     if not isinstance(value, str) or Path(value).expanduser().exists():
         return value
@@ -96,7 +96,7 @@ BASE_CHANGING = {"pissa", "olora", "loftq", "corda", "eva", "lora-ga", "lora"}
 
 
 def check_lora_init(value: object) -> object:
-    """Return the value of init_lora_weights, with the text "true" as True.
+    """Return the value of init_lora_weights. The text "true" becomes True.
 
     Refuse methods that change the base's weights, such as PiSSA.
     """

@@ -54,7 +54,7 @@ class Inputs:
 
 
 def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
-    """Find and check the base, chat template, target modules, data and tokens.
+    """Find and check the base, chat template, target modules, data and tokenized pairs.
 
     Yield progress, and finally return the inputs. The weights of the base are not downloaded yet.
     """

@@ -18,12 +18,12 @@ def make_adapter_files(inputs: Inputs) -> tuple[dict[str, bytes], str]:
     """Return tokenizer files and generation config as {name: content}, and a note.
 
     The files are for the folder ``adapter/``. The note says why the base's generation config is not
-    used; it is "" if the config is used. This function is called before the training, and it loads
-    and tries the saved tokenizer, so that errors are found early.
+    used; the note is "" if the config is used. This function is called before the training. To find
+    errors early, the function loads and tries the saved tokenizer.
 
     Raises:
         ModelError: transformers cannot save the tokenizer, or the saved tokenizer gives other
-            tokens.
+            tokens than the tokenizer that was saved.
     """
     config, note = read_generation_config(inputs.base.path)
     with TemporaryDirectory(prefix="orpo-lite-") as name:

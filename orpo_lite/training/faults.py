@@ -114,9 +114,9 @@ def report_not_finite(
 def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
     """Turn errors that torch raises inside the ``with`` block into errors with a fix.
 
-    If ``training.full_determinism`` is set, only deterministic kernels run inside the block, and an
-    operation without a deterministic kernel raises an error. torch can also warn instead, but then
-    FlashAttention's backward pass is still non-deterministic (torch, Context.h).
+    If ``training.full_determinism`` is set, only deterministic kernels run inside the block. An
+    operation without a deterministic kernel raises an error. torch's option to warn instead is not
+    used: with this option, FlashAttention's backward pass is non-deterministic (torch, Context.h).
     """
     deterministic = recipe.training.full_determinism
     if deterministic:

@@ -66,7 +66,7 @@ class Session:
         self._factor = lr_factor(self.recipe, self.optimizer, self.steps)
 
     def batch(self, step: int) -> list[TokenizedPair]:
-        """Return the pairs of a step. They depend only on the seed and the step's number."""
+        """Return the pairs of a step. The choice depends only on the seed and the step number."""
         settings, pairs = self.recipe.training, self.inputs.train
         epoch, place = divmod(step, self.per_epoch)
         order = epoch_order(len(pairs), seed=settings.seed, epoch=epoch)
@@ -190,9 +190,9 @@ def restore_session(
 ) -> Generator[Update, None, TrainState]:
     """Load the newest valid checkpoint. Yield notes; return the state.
 
-    If the run has no checkpoint, the state is new. If the run changed ``memory`` settings because
-    it ran out of memory, these changes are applied again. But settings in ``changed`` are not
-    overwritten, because a person has set them for resuming.
+    If the run has no checkpoint, the state is new. If the run was out of memory and changed
+    ``memory`` settings, these changes are applied again. The settings in ``changed`` are not
+    overwritten, because a person has set these settings for the resumed run.
 
     Raises:
         CheckpointError: the run has checkpoints, but none is valid.

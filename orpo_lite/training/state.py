@@ -50,7 +50,7 @@ class TrainState:
     """State of the loss scaler. {} except in a checkpoint if activations are float16."""
 
     def count_step(self, tokens: int, *, finite: bool) -> None:
-        """Count a step on ``tokens`` tokens. ``finite``: were loss and gradient finite?"""
+        """Count a step on ``tokens`` tokens. ``finite``: whether loss and gradient were finite."""
         self.step += 1
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         self.num_tokens += tokens
@@ -81,7 +81,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Self:
-        """Return the state that the content of a state.json describes. Older versions are read too.
+        """Return the state that a state.json describes. Older versions of the file are read too.
 
         Args:
             value: the JSON object in the file.

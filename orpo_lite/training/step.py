@@ -28,7 +28,7 @@ from orpo_lite.training.state import TrainState
 class OutOfMemory(Exception):  # noqa: N818 - torch has an OutOfMemoryError
     """A process ran out of memory during a step.
 
-    All processes have deleted the step's gradients, so they can repeat the step with smaller
+    All processes have deleted the step's gradients. So the step can be repeated with smaller
     micro-batches.
     """
 
@@ -162,9 +162,9 @@ def update(
     """Clip the gradients. If loss and gradients are finite, take the optimizer's step.
 
     Returns:
-        The norm of the gradients before clipping, and whether loss and gradients were finite.
-        Gradients count as finite if only the scaled float16 loss overflows, because the scaler
-        then skips the step and lowers its scale.
+        The norm of the gradients before clipping, and True if loss and gradients were finite. If
+        only the scaled float16 loss overflows, the second value is also True: the scaler skips
+        the step and lowers its scale.
     """
     scaler.unscale_(optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))

@@ -74,7 +74,10 @@ def present_columns(data: DataSection, rows: Sequence[Row]) -> dict[str, str]:
 
 
 def missing_columns(data: DataSection, rows: Sequence[Row]) -> set[str]:
-    """Return all columns of the data.column_map entries that have no column in these rows."""
+    """Return the columns of the entries of data.column_map that do not fit these rows.
+
+    An entry does not fit if none of its columns is in the rows.
+    """
     found = present_columns(data, rows)
     return {name for ours, names in data.columns.items() if ours not in found for name in names}
 

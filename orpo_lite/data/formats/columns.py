@@ -1,9 +1,9 @@
 """Find the value type of each column, and the columns that hold the prompt, the replies and so on.
 
 Only the first rows of a dataset are examined. A column's type is the type of most of its values,
-except empty values. A column with another name than a standard one (``COLUMNS``) is used only if it
-is the only candidate, or if all candidates have equal values in every row. Otherwise, an error
-lists the data.column_map settings to choose from.
+except empty values. A column may have another name than in ``COLUMNS``, such as question for
+prompt. If several columns fit a standard name, they must have equal values in every row. If they
+differ, an error lists the data.column_map settings to choose from.
 """
 
 import re
@@ -185,7 +185,7 @@ class ColumnProfile:
     def holds_labels(self, column: str) -> bool:
         """Return whether the column holds labels, such as verdicts or topics, and no replies.
 
-        Labels are single words. Either all of them are names of columns, or they repeat often.
+        Labels are single words: names of columns, or words that occur twice or more on average.
         """
         if self.type_of(column) not in TEXTS:
             return False
@@ -203,7 +203,7 @@ class ColumnProfile:
         return found or [self.reply_columns[name] for name in names if name in self.reply_columns]
 
     def column_named(self, name: str) -> str:
-        """Return the first column with this name, or the name itself if there is no such column."""
+        """Return the column ``name``, else the first of :meth:`columns_named`, else ``name``."""
         if name in self.types:
             return name
         found = self.columns_named(name)
@@ -213,7 +213,7 @@ class ColumnProfile:
         return self.types.get(self.column_named(name), "missing")
 
     def values(self, *names: str) -> list[tuple[Any, ...]]:
-        """Return the values of these columns, row by row.
+        """Return the values of the columns ``names``, one tuple for each row.
 
         A row is left out if one of its values is empty or does not have the type of its column.
         """
@@ -264,9 +264,9 @@ class ColumnProfile:
         return self.assigned.get(canonical)
 
     def assign(self, columns: Mapping[str, str]) -> None:
-        """Assign columns to standard names. Skip missing columns and names in data.column_map.
+        """Assign columns to standard names. Skip columns that are missing.
 
-        ``columns``: standard name -> column.
+        ``columns``: standard name -> column. Skip a standard name that data.column_map sets.
         """
         for ours, name in columns.items():
             if ours not in self.mapped and self.type_of(name) != "missing":
@@ -299,7 +299,7 @@ class ColumnProfile:
         return named
 
     def is_alpaca(self) -> bool:
-        """Return whether there is a column instruction, and input or history too, as in Alpaca.
+        """Return whether the columns are Alpaca's: ``instruction``, and ``input`` or ``history``.
 
         ``input``: a text that the instruction refers to, often empty. ``history``: earlier turns.
         """
@@ -378,7 +378,7 @@ class ColumnProfile:
         return column_map_setting({**self.others, **lists})
 
     def settings(self, canonical: str, columns: Iterable[str]) -> str:
-        """Return one setting per column, joined by "or". Each reads ``canonical`` from a column."""
+        """Return settings joined by "or". Each setting reads one column as ``canonical``."""
         return one_of(self.setting(**{canonical: column}) for column in columns)
 
     # --- convert rows for their reader
@@ -391,10 +391,11 @@ class ColumnProfile:
         return "messages" in map(self.type_of, REPLIES) and self.type_of("prompt") in TEXTS
 
     def renamed(self, row: Row, where: str) -> Row:
-        """Return the row with standard names, and JSON texts as lists.
+        """Return a copy of the row with the standard names as keys. JSON texts become lists.
 
-        Optional columns, such as system, are left out unless a column was assigned to them. Raises
-        RowError if the type of a value is not the type of its column.
+        An optional name, such as system, is left out if no column of the dataset was assigned to
+        it. Raises RowError if a value has another type than the usual one of its column, and would
+        be misread.
         """
         row = {
             **self._normalized(row),
@@ -416,7 +417,7 @@ class ColumnProfile:
         return out
 
     def with_source_column(self, where: str) -> str:
-        """Return an error's ``where`` with the dataset's column: field chosen -> field good."""
+        """Replace a standard name in ``where`` by the source column: field chosen -> field good."""
         place, mark, rest = where.partition(", field ")
         name = re.match(r"\w*", rest)[0]  # type: ignore[index]
         column = self.assigned.get(name, name)

@@ -91,9 +91,9 @@ def detect_format(
     Args:
         rows: the first rows, after data.column_map was applied.
         name: data.format: a key of READERS, or auto. The columns are detected in both cases.
-        mapped: data.column_map for these rows: standard name -> the only column considered for it.
-        plain: True if data.chat_template is none. Only then, texts may have template markers.
-        others: the entries of data.column_map for other datasets. Suggested settings keep them.
+        mapped: data.column_map for these rows: standard name -> column. No other column is tried.
+        plain: True if data.chat_template is none. Otherwise, texts must not have template markers.
+        others: entries of data.column_map for other datasets. A fix with a column_map repeats them.
 
     Raises DataError with the setting to use, if no format fits, if the rows can be read in two
     ways, or if a chat template was already applied to the texts.

@@ -1,6 +1,7 @@
 """Raise errors for columns that seem to be part of the prompt but would not be read.
 
-The name of such a column, or the turns in it, suggest that its content belongs before the reply.
+Two things suggest that the content of a column belongs before the reply: the name of the column,
+such as ``context``, or messages in the column.
 """
 
 from collections.abc import Iterable, Sequence

@@ -82,7 +82,7 @@ def _object_list_type(items: Sequence[Mapping[str, Any]]) -> ValueType:
 
 
 def usual_type(values: Sequence[Any], column: str) -> ValueType:
-    """Return the type of most of a column's values. Empty values do not count."""
+    """Return the most frequent type of a column's values. Empty values do not count."""
     counts = Counter(value_type(value, column) for value in values)
     del counts["null"]
     if not counts:
@@ -102,13 +102,14 @@ def are_texts(values: Sequence[Any]) -> bool:
 
 
 def is_blank(value: Any) -> bool:
-    """Return whether a value is empty, of the type "null": None, [], a blank text or "[]"."""
+    """Return whether a value is empty (type "null"): None, [], "[]" or a blank text."""
     return value.strip() in ("", "[]") if isinstance(value, str) else value is None or value == []
 
 
 def unpack_json(value: Any, column: str = "") -> Any:
-    """Parse a text that holds a list or messages as JSON, such as a cell of a csv table.
+    """Parse the text of a list or of messages: "[1, 2]" -> [1, 2].
 
+    The text is JSON, or was printed by Python: "['a']". Example: a cell of a csv table.
     Any other value is returned unchanged.
     """
     parsed = normalize(_parsed(value), column)
@@ -121,7 +122,7 @@ def unpack_json(value: Any, column: str = "") -> Any:
 def single_text(value: Any) -> str | None:
     """Return the text in a list of exactly one text: ["a"] -> "a". Return None for other values.
 
-    The list may also be a text that Python printed: "['a']". A JSON text is not read as a list.
+    A list that Python printed as a text is read too: "['a']" -> "a". A JSON text is not read.
     """
     if isinstance(value, str) and _PYTHON.match(value) and not _is_json(value):
         value = _parsed(value)
@@ -131,7 +132,7 @@ def single_text(value: Any) -> str | None:
 
 
 def is_conversation(text: str) -> bool:
-    """Return whether a text is a JSON list of messages that all have a known role and content."""
+    """Return whether a text is a JSON list of messages, each with content and with a known role."""
     if text.lstrip()[:1] != "[":
         return False
     turns = normalize(_parsed(text))
@@ -187,7 +188,7 @@ def texts_in(value: Any) -> list[str]:
 
 
 def has_user_turn(turns: Sequence[Any]) -> bool:
-    """Return whether messages include a user turn, and so are more than a reply."""
+    """Return whether messages include a user turn. A reply alone has no user turn."""
     return any(role_of(turn) == "user" for turn in turns)
 
 
@@ -216,7 +217,7 @@ def contains_in_order(parts: Sequence[str], text: str) -> bool:
 
 
 def ends_with(turns: Any, *replies: Any) -> bool:
-    """Return whether the last text of a conversation is one of these replies."""
+    """Return whether the last text of ``turns`` is also the last text of one of ``replies``."""
     return texts_in(turns)[-1:] in [texts_in(reply)[-1:] for reply in replies]
 
 
@@ -299,9 +300,9 @@ def _last_characters(text: str) -> str:
 
 
 def end_marker(value: Any) -> str | None:
-    """Return the marker at the end of a text in a value, such as <|im_end|>; None if none has one.
+    """Return the marker at the end of a text, such as <|im_end|>; None if no text ends with one.
 
-    If several texts have such a marker, the marker of the last one is returned.
+    A value may have several texts. The last text that ends with a marker counts.
     """
     for text in reversed(texts_in(value)):
         marker = None if is_dialogue(text) else _end_marker(text)

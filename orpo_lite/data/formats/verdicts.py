@@ -1,4 +1,4 @@
-"""Find two columns with answers and the column with the verdict, and read the verdicts."""
+"""Find two columns of answers and the column that says which answer is better. Read this column."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn

@@ -1,4 +1,4 @@
-"""Decode text. Report text that is not UTF-8, and files whose content is of another type."""
+"""Decode UTF-8 text. Report text in another encoding, zip files and git-lfs pointers."""
 
 from __future__ import annotations
 

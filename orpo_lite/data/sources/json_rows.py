@@ -1,4 +1,4 @@
-"""Read rows from JSON files: one object per line, or one array of objects."""
+"""Read rows from JSON files: one object per line, or all rows in one JSON value."""
 
 from __future__ import annotations
 

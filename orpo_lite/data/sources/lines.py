@@ -58,7 +58,7 @@ COMPRESSIONS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {
 
 @dataclass(frozen=True)
 class File:
-    """A local data file. ``label`` is its name in places of rows: pairs.csv in pairs.csv:3."""
+    """A local data file. The place of a row begins with ``label``: pairs.csv in pairs.csv:3."""
 
     path: Path
     label: str

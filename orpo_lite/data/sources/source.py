@@ -40,18 +40,21 @@ class Source(ABC):
 
     @abstractmethod
     def with_labels(self, labels: Mapping[str, str]) -> Source:
-        """Return the source with new labels: file or split -> its name in the places of rows."""
+        """Return the source with new labels. A label begins the place of a row: a.csv in a.csv:3.
+
+        ``labels``: the path of a file, or ``dataset/split`` of the hub -> the label.
+        """
 
     @abstractmethod
     def fingerprint(self) -> tuple[str, int]:
-        """Return one sha256 of the data and the labels, and the approximate number of rows.
+        """Return (sha256 of the data and the labels, approximate number of rows).
 
         The number of rows is 0 if it is unknown.
         """
 
     @abstractmethod
     def columns(self) -> frozenset[str] | None:
-        """Return the columns of all rows; None if they are not known without reading all rows."""
+        """Return the names of all columns; None if they are unknown before all rows are read."""
 
     def paths(self) -> list[str]:
         """Return the paths of the local files; [] for a hub dataset."""
@@ -112,7 +115,7 @@ def split_of(path: Path) -> str:
 def choose_split(names: Sequence[str]) -> str | None:
     """Return the split to train on; None if the choice is not clear.
 
-    This is train_prefs or a similar split, else train or training, else the only split.
+    The chosen split is train_prefs or a similar split, else train or training, else the only split.
     """
     preferences = [name for name in names if re.search("train.*pref", name.lower())]
     for likely in ("train_prefs", *preferences, "train", "training"):
@@ -137,7 +140,7 @@ def names_split(name: str) -> bool:
 
 
 def split_note(split: str, names: Sequence[str]) -> str:
-    """Return a note on the chosen split. If it has a matching held-out split, name that too."""
+    """Return a note on the chosen split. The note also names a matching held-out split, if any."""
     rest = split_words(split) - TRAIN
     chosen = "" if split == "train" else f"split {split} (of {list_names(names)})"
     for name in names:
@@ -163,9 +166,9 @@ TRAIN_SPLIT, TEST_SPLIT = "data.dataset_train_split", "data.dataset_test_split"
 
 
 def split_fix(key: str, names: Sequence[str]) -> str:
-    """Return a fix that sets ``key``, the setting of a split, to the most likely existing split.
+    """Return a fix that sets ``key`` to the most likely split in ``names``.
 
-    ``names``: the existing splits.
+    ``key``: the recipe key of a split, TRAIN_SPLIT or TEST_SPLIT. ``names``: the existing splits.
     """
     held_out = [*filter(is_held_out, names)]
     others = [name for name in names if name not in held_out]
