@@ -83,8 +83,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     Args:
         recipe: the recipe. ``training.output_dir`` is the run folder.
         resume: True: continue the run in ``training.output_dir``. A key that ``recipe`` does not
-            set keeps the run's value. If ``recipe`` sets a new value, the change is recorded. But
-            if the key may not change, the new value is refused.
+            set keeps the run's value. If ``recipe`` sets a new value, the change is recorded. For a
+            key that must not change, a new value is an error.
 
     Raises:
         OrpoLiteError: an error that the person can fix. Most errors are found before the weights
@@ -95,7 +95,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
 
 @with_torch_defaults
 def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None, TrainResult]:
-    """Train as :func:`train` does; yield its progress and return its result."""
+    """Train as :func:`train` does. Yield the training's progress. Return the training's result."""
     objective = find_objective(recipe.loss)
     path = Path(recipe.training.output_dir)
     changed: dict[str, Any] = {}
@@ -374,7 +374,7 @@ def verify_export_events(
 
 
 def generate(run_folder: str | Path, prompts: str | Path, **options: Any) -> Answers:
-    """Answer a file of prompts with a run, a merged folder or a hub model.
+    """Answer the prompts in a file. The model is a run, a merged folder or a hub model.
 
     For ``options`` and errors see :func:`orpo_lite.evaluation.answers.prepare_answers`.
 

@@ -26,8 +26,8 @@ TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[A-Za-z0-9._-]{16,})")
 class Command(str):
     """A fix that is a shell command.
 
-    The string itself is a text for people, such as the command and advice. ``line`` is only the
-    command.
+    The string is for people to read: the command, or a text with the command and advice. ``line``
+    is the command alone.
     """
 
     __slots__ = ("line",)
@@ -44,7 +44,7 @@ class Command(str):
 
 
 class Overrides(str):
-    """A fix that sets recipe keys: a text for people, with the new values in ``values``."""
+    """A fix that sets recipe keys. The fix is a text for people; ``values`` has the new values."""
 
     __slots__ = ("values",)
     values: Mapping[str, Any]
@@ -75,9 +75,10 @@ def reworded(fix: str, text: str) -> str:
 
 
 def one_of(fixes: Iterable[str]) -> str:
-    """Join the fixes A and B to one fix with the text "A or B".
+    """Return one fix that suggests all fixes: A, B -> "A or B".
 
-    If any of the fixes is an :class:`Overrides`, the result has the values of the first such fix.
+    If some of the fixes are :class:`Overrides`, the result is an :class:`Overrides` with the values
+    of the first one.
     """
     options = [*fixes]
     first = next((fix for fix in options if isinstance(fix, Overrides)), "")
@@ -147,7 +148,7 @@ class CheckpointError(OrpoLiteError):
 class FitError(OrpoLiteError):
     """The machine has too little disk space or memory, or lacks a package or 4-bit support.
 
-    If a check finds a fault, ``orpo-lite doctor`` also ends with exit code 6.
+    The exit code is 6. ``orpo-lite doctor`` also ends with 6 if a check finds a fault.
     """
 
     exit_code = 6

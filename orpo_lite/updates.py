@@ -62,8 +62,8 @@ def staged(
 def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[Update]:
     """Call a function whose failure must not stop the command.
 
-    If the function raises an error, log the traceback and yield a note. The note begins with
-    ``failed``, a text that says what failed.
+    If the function raises an error, log the traceback and yield a note. The note begins with the
+    text ``failed``, for example "result.json is not written".
     """
     try:
         function(*args)

@@ -77,13 +77,13 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # valid values of vLLM's --max
 def not_in_vllm(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     """Return a feature of an adapter that vLLM does not support, such as "DoRA".
 
-    Return "" if vLLM supports the adapter. Two features with their reasons:
+    Return "" if vLLM supports the adapter. The reasons for two of the features:
 
     - Other ranks or scales for some layers: vLLM uses one scale, ``lora_alpha / r``, for all layers
       of an adapter (source: vLLM's PEFTHelper).
-    - A base that is a part of a larger model, such as the language model of an image-and-text
-      model: vLLM builds the larger model. The layers of the larger model have other names than the
-      layers of the adapter.
+    - An adapter of a part of a larger model, such as the language model of an image-and-text model:
+      vLLM builds the larger model. The larger model's layers have other names than the adapter's
+      layers.
 
     Args:
         config: the adapter's configuration.
@@ -174,10 +174,10 @@ def read_adapter_config(folder: Path) -> Any:
 
 
 def adopt_adapter(recipe: Recipe) -> Recipe:
-    """Return the recipe with the values of an existing adapter in its section lora.
+    """Return the recipe with the lora settings of the adapter in model.adapter_name_or_path.
 
-    The adapter is the one in model.adapter_name_or_path, which will be trained further. If this key
-    is not set, return the recipe unchanged.
+    This adapter exists already and will be trained further. If model.adapter_name_or_path is not
+    set, return the recipe unchanged.
 
     Raises:
         RecipeError: the recipe sets a key of the section lora, and the adapter has another value.

@@ -120,7 +120,7 @@ def in_blocks(stored: Stored, multiple: int | None = None) -> Iterator[Rows]:
 
     An empty tensor gives one block. The number of rows of each block, except the last, is divisible
     by ``multiple``. The default of ``multiple`` is 64 for a matrix, else 1. bitsandbytes quantises
-    64 elements together. If ``multiple`` is 64, no such 64 elements are split between two blocks.
+    groups of 64 elements. If ``multiple`` is 64, each group is inside one block.
     """
     if multiple is None:
         multiple = 64 if len(stored.shape) == 2 else 1  # a row of a 3-D tensor is a whole expert
@@ -130,7 +130,7 @@ def in_blocks(stored: Stored, multiple: int | None = None) -> Iterator[Rows]:
 
 
 def read_rows(rows: Rows) -> Tensor:
-    """Read rows into a new tensor. Raise :class:`ModelError` if the file is now too short."""
+    """Read rows into a new tensor. Raise :class:`ModelError` if the file ends before the rows."""
     stored = rows.stored
     count = (rows.stop - rows.start) * stored.row_bytes
     data = torch.empty(count, dtype=torch.uint8)

@@ -145,8 +145,10 @@ def changes_frequencies(config: Any, max_length: int) -> bool:
 def find_config(name: str, revision: str) -> Any:
     """Return the transformers configuration of a base in a folder or on the hub.
 
-    The bases of the shipped recipes need no request to the hub: their configurations are in this
-    package's bases.json. Raises the same errors as :func:`find_base`.
+    The configurations of the shipped recipes' bases are in this package's bases.json. For revision
+    "main" of such a base, no request to the hub is needed.
+
+    Raises the same errors as :func:`find_base`.
     """
     from transformers import AutoConfig
 
@@ -248,7 +250,8 @@ def check_targets(recipe: Recipe, base: Base) -> None:
 def check_embedding(recipe: Recipe, config: Any) -> None:
     """Raise :class:`RecipeError` if memory.embedding_on_cpu is true and the embedding is tied.
 
-    A tied embedding has the same weights as the output head, so it cannot move to the CPU.
+    A tied embedding has the same weights as the output head, so the embedding cannot move to the
+    CPU.
     """
     if recipe.memory.embedding_on_cpu is True and config.get_text_config().tie_word_embeddings:
         raise RecipeError(
@@ -263,10 +266,10 @@ def load_tokenizer(path: Path) -> Any:
     """Return the tokenizer of a base or adapter folder, exactly as tokenizer.json defines it.
 
     Some tokenizer classes of transformers read only the vocabulary from tokenizer.json and build
-    the rest themselves. The class is replaced by one that reads the whole file in three cases: the
-    class makes a tokenizer that differs from the file, the class is a slow tokenizer, or the class
-    raises an error that is no OSError or ValueError. The attribute ``replaced`` of the result holds
-    the reason, or "" if the class was not replaced.
+    the rest of the tokenizer themselves. In three cases, PreTrainedTokenizerFast replaces the
+    class, because it reads the whole file: the tokenizer of the class differs from the file, the
+    class is a slow tokenizer, or the class raises an error other than OSError and ValueError. The
+    attribute ``replaced`` of the result holds the reason, or "" if the class was not replaced.
 
     Raises:
         ModelError: the tokenizer cannot be loaded.

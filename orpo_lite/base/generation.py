@@ -13,12 +13,13 @@ SAMPLING = ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 
 
 def read_generation_config(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return (config, note): a base's generation config, and a note on a file that does not load.
+    """Return (config, note): a base's generation config, and a note if its file is not used.
 
-    The config has the values of generation_config.json, unchanged. transformers can load some
-    values but refuses to save these values. They are not corrected, because a corrected value would
-    have another meaning. If the file is missing or cannot be loaded, the config is made from
-    config.json, as transformers does. If the file is loaded or missing, the note is "".
+    The config has the values of generation_config.json, unchanged. Some values can be loaded with
+    transformers, but not saved. Such values are not corrected, because a corrected value would have
+    another meaning. If the file is missing or cannot be loaded, the config is made from
+    config.json, as transformers does. If the file cannot be loaded, the note gives the reason. Else
+    the note is "".
     """
     from transformers import GenerationConfig
 

@@ -230,7 +230,7 @@ def template_file(choice: str) -> str:
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the tokenizer's eos token. Raises ModelError if it has none."""
+    """Return the id of the tokenizer's eos token. Raises ModelError if there is no eos token."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             where="tokenizer",
@@ -252,13 +252,13 @@ def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]
 
 
 def special_in(texts: Iterable[str], special: re.Pattern[str]) -> str:
-    """Return the reason to leave out a pair if a text has a ``special`` token. Else return ""."""
+    """Return "" if no text has a ``special`` token, else the reason to leave out the pair."""
     found = next(filter(None, map(special.search, texts)), None)
     return f"{SPECIAL}: {found.group()}" if found else ""
 
 
 def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
-    """Render a pair, or return the reason to leave it out. Raises ModelError and DataError."""
+    """Render a pair, or return why the pair is left out. Raises ModelError and DataError."""
     if template.text is None:
         return _joined(pair, template.special)
     # A special token in a text would end the response too early or begin another turn.

@@ -1,4 +1,4 @@
-"""Prepare the data of a recipe: tokenized training and held-out pairs, and their figures."""
+"""Tokenize the training and held-out pairs of a recipe, and compute the figures of data.json."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
@@ -99,9 +99,9 @@ def _tokenize_split(
 
 
 def figure_updates(found: Mapping[str, Any]) -> Iterator[Update]:
-    """Yield the figures that a person must see before training, as notes.
+    """Yield notes with those figures that a person must see before the training.
 
-    ``found``: the figures, see :func:`orpo_lite.data.statistics.figures`.
+    ``found``: all figures, see :func:`orpo_lite.data.statistics.figures`.
     """
     for sentence in (*found["format"], found["chat_template"], found["tokenizer"]):
         if sentence:

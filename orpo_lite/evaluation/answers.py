@@ -31,7 +31,7 @@ MT_BENCH_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humaniti
 
 @dataclass(frozen=True)
 class Question:
-    """One row of the prompts file: the user's turns, and the messages before the first turn."""
+    """One row of the prompts file: the user turns to answer, and the earlier messages."""
 
     row: Mapping[str, Any]
     before: tuple[Message, ...]
@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True)
 class GraderFormat:
-    """A grader's format: how questions are read, and the default settings for the answers."""
+    """The format of a grader, such as MT-Bench: how to read questions, and defaults for answers."""
 
     read: Callable[[Mapping[str, Any]], Question | None]
     """Return the question of a row, or None if the row has another form."""
@@ -111,7 +111,7 @@ both to the author of the model."""
 
 @dataclass(frozen=True)
 class Task:
-    """Checked prompts, and the model that answers them. Its weights are not loaded yet."""
+    """Checked prompts, and the model that will answer. The model's weights are not loaded yet."""
 
     found: FoundModel
     grader: str
@@ -133,16 +133,16 @@ class Task:
 
     @property
     def progress(self) -> Path:
-        """The hidden file with :attr:`key` and the answers so far.
+        """The path of the hidden file, which holds :attr:`key` and the answers so far.
 
-        When all answers are in the file of answers, the answers in the hidden file are replaced by
-        the hash of the file of answers. The key stays in the hidden file.
+        When the command is finished, all answers are in the file :attr:`to`. The hidden file then
+        holds only :attr:`key`, the time of the first start, and the hash of the file :attr:`to`.
         """
         return self.to.with_name(f".{self.to.name}.progress")
 
     @property
     def is_finished(self) -> bool:
-        """True if a command with this ``key`` wrote the answer file, and the file is unchanged."""
+        """True if the answer file is unchanged since a command with an equal ``key`` wrote it."""
         head = _read_progress(self.progress)[0]
         return head.get("key") == self.key and _is_result(self.to, head)
 
@@ -193,8 +193,8 @@ def prepare_answers(
 
     Raises:
         RecipeError: the format is unknown; a value is out of range; ``to`` is missing for a model
-            that is not a run; or ``to`` was written or begun by another command.
-        DataError: the prompts cannot be read, or have another form.
+            that is not a run; or another command wrote or began the file ``to``.
+        DataError: the prompts cannot be read, or a row has another form.
         OrpoLiteError: the model cannot be found; see
             :func:`orpo_lite.evaluation.open_run.find_model`.
     """
@@ -331,10 +331,12 @@ def write_answers(task: Task) -> Generator[Update, None, Answers]:
     """Answer the prompts of a task, and at the end write the file of answers atomically.
 
     During the task, the finished answers are in a hidden file in the same folder. If the command is
-    stopped, run it again: it continues after these answers, and writes the same file as a command
-    that was not stopped. A sampled answer depends on :data:`SEED` and its own prompt. If the
-    template cannot render a prompt, or the prompt is too long for the model, the answer is empty,
-    because a grader expects an answer to each prompt. A note tells how many answers are empty.
+    stopped, run the command again. The second command continues after the finished answers. It
+    writes the same file as a command that was not stopped.
+
+    A sampled answer depends on :data:`SEED` and on its own prompt. The answer is empty if the
+    template cannot render the prompt, or if the prompt is too long for the model. Empty answers are
+    written too, because a grader expects an answer to each prompt. A note tells their number.
     """
     if task.is_finished:
         yield Update("note", f"{task.to} has all answers already")

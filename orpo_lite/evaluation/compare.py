@@ -8,8 +8,8 @@ ORPO trains the log odds, but the log odds do not decide. A difference is clear 
 excludes 0. If the differences in log odds and in accuracy are both clear and have opposite signs,
 the outcome is "cannot tell". If only the difference in log odds is clear, the text says so.
 
-Because one metric decides, two equal models are called different in 5% of the cases, as a 95%
-interval promises.
+Only reward accuracy can decide. So if two models are equal, the outcome is "better" or "worse" in
+at most 5% of the cases: the error rate of a 95% interval.
 """
 
 import math
@@ -48,7 +48,10 @@ Means = dict[str, Mean]
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of one model, or their differences between two models, with 95% intervals."""
+    """The metrics of one model, or differences between the metrics of two models.
+
+    Each value has a 95% interval.
+    """
 
     accuracy: Interval
     """Share of pairs whose chosen reply has the higher mean log-probability. A tie does not count
@@ -118,7 +121,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class LengthRule:
-    """How often a rule that always prefers the longer reply is right."""
+    """The accuracy of a rule that prefers the longer reply of every pair."""
 
     accuracy: float | None
     """Share of ``pairs`` whose chosen reply is the longer one. None if there are no such pairs."""
@@ -203,10 +206,10 @@ def compare(
 
 
 def name_pairs(data: DataSection, *, is_test: bool) -> str:
-    """Return the name of scored pairs: ``pairs.jsonl``, or ``owner/name, split test``.
+    """Return a name of the scored pairs: ``pairs.jsonl``, or ``owner/name, split test``.
 
-    ``is_test``: True if the pairs are held out. Then the result names the recipe's test split, if
-    the recipe has a test split.
+    ``is_test``: True if the pairs are held out. If the recipe has a test split, the name of
+    held-out pairs includes this split. If this split is a path, the result is only the path.
     """
     names, split = ", ".join(data.names), data.dataset_test_split
     if split is None or not is_test:

@@ -114,7 +114,8 @@ class Curves:
         """Return how a metric changed from the start of the training to its end.
 
         If held-out pairs were evaluated before the first step, the change on held-out pairs is
-        returned. Otherwise the change on training pairs is returned; None for too few steps.
+        returned. Otherwise the change on training pairs is returned. If there are too few steps for
+        this change, the result is None.
         """
         values = [float(row[name]) for row in self.held_out if _is_finite(row.get(name))]
         if len(values) >= 2 and self.held_out[0].get("step") == 0:
@@ -310,7 +311,11 @@ def not_learning(curves: Curves) -> Finding | None:
 
 
 def too_easy_data(curves: Curves) -> Finding | None:
-    """Return a finding if the untrained base, or length alone, ranks most pairs correctly."""
+    """Return a finding if most pairs can be ranked correctly without a training.
+
+    The base ranks most pairs correctly before the training. Or a rule that only looks at length
+    ranks most pairs correctly, and at least as many pairs as the trained model.
+    """
     reasons = []
     first, pairs, where = _accuracy_before(curves)
     if first is not None and first >= HIGH_START and _lower_bound(first, pairs) > LENGTH_MATTERS:

@@ -40,7 +40,9 @@ class LivePage:
     def read(self) -> tuple[str, str, str]:
         """Return (version, page, body).
 
-        The script of an open page replaces the page's old body by the new body.
+        ``version`` is a text that changes whenever a watched file changes. ``page`` is the whole
+        page. ``body`` is only the body of this page. If an older page is open in a browser, the
+        script of the older page replaces the old body by ``body``.
 
         Raises:
             OrpoLiteError: a run cannot be read; see :func:`orpo_lite.evaluation.report.report`.

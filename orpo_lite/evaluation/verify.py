@@ -115,7 +115,7 @@ class Verdict:
         return text
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields, ``passed`` and ``outcome`` as JSON values."""
+        """Return all fields and the properties ``passed`` and ``outcome``, as values for JSON."""
         return {**asdict(self), "passed": self.passed, "outcome": self.outcome}
 
 
@@ -136,7 +136,7 @@ def compare_merged(
         base_path: where the base is now, if its folder was moved.
 
     Raises:
-        CheckpointError: the run has no such merged model, or its data changed.
+        CheckpointError: the run has no such merged model, or the data changed since the training.
         FitError: the GPU has too little memory for a model in 16 bit.
         OrpoLiteError: the base or the data can no longer be read.
     """

@@ -1,8 +1,8 @@
 """Convert a model's configuration to GGUF keys, and its tensor names to llama.cpp's names.
 
 ``FAMILIES`` names the model graph of llama.cpp for each supported ``model_type``. If a
-configuration has a feature that this graph does not support, the export is refused. Otherwise
-llama.cpp would load the file without an error, but give slightly worse answers.
+configuration has a feature that this graph does not support, the export is refused. Without this
+check, llama.cpp would load the file without an error, but give slightly worse answers.
 """
 
 import math
@@ -340,7 +340,7 @@ def _frequencies(config: Any, rope_type: str) -> tuple[np.ndarray, float]:
 def find_targets(
     made: Description, config: Any, tensors: dict[str, Stored], where: str
 ) -> list[Target]:
-    """Return the tensors for the GGUF file, sorted by layer. The names are llama.cpp's.
+    """Return the tensors for the GGUF file, with llama.cpp's names and sorted by layer.
 
     Raises:
         ModelError: llama.cpp does not support a tensor, a tensor is missing, or the shape of a

@@ -31,7 +31,7 @@ class Delta(Protocol):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The names of the adapted parameters that change this stored tensor."""
+        """The names of the parameters whose adapters change this stored tensor."""
         ...
 
     def load(self) -> AddDelta:
@@ -105,11 +105,11 @@ class LoraDelta:
 
 @dataclass(frozen=True)
 class ConvertedDelta:
-    """The delta of a stored tensor that is split, joined or transposed during loading.
+    """The delta of a stored tensor. Loading splits, joins or transposes this tensor.
 
-    transformers converts such a tensor to parameters. The deltas of the parameters are converted
-    back to the form of the stored tensor. The result is exact, because a conversion only moves
-    numbers.
+    transformers converts the stored tensor to parameters. The deltas of the parameters are
+    converted back to the form of the stored tensor. The result is exact, because a conversion only
+    moves numbers.
     """
 
     name: str
@@ -118,7 +118,7 @@ class ConvertedDelta:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The names of the adapted parameters that change this stored tensor."""
+        """The names of the parameters whose adapters change this stored tensor."""
         return tuple(self.group.deltas)
 
     def load(self) -> AddDelta:

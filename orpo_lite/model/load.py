@@ -88,11 +88,13 @@ def bare_pair_model(
 ) -> PairModel:
     """Build the model of :func:`load_pair_model` from its configuration, without loading weights.
 
-    On the meta device, its tensors have no values. On other devices, its weights are random.
+    On the meta device, the model's tensors have no values. On other devices, the weights are
+    random.
 
-    ``config`` may have fewer layers than the base. If the recipe continues an adapter, the names in
-    ``lora.target_modules`` may be single layers or experts: ``layers.9.q_proj``. This layer may not
-    exist here. So if a name has a dot, the adapter of this model is on all linear layers instead.
+    ``config`` may have fewer layers than the base. If the recipe continues an adapter, a name in
+    ``lora.target_modules`` can be a single layer or expert of the base: ``layers.9.q_proj``. The
+    built model possibly lacks this layer. So if the recipe continues an adapter and a name has a
+    dot, the adapter is on all linear layers of the built model instead.
     """
     names = recipe.lora.target_modules
     if recipe.model.adapter_name_or_path and any("." in name for name in names):

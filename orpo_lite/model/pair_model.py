@@ -166,7 +166,7 @@ class PairModel(nn.Module):
             self.config._attn_implementation = before
 
     def fall_back(self, route: Route, reason: str) -> None:
-        """Use the simpler ``route`` for packed pairs from now on. Add the reason to ``notes``."""
+        """Use ``route``, a later route in ROUTES, from now on. Add the reason to ``notes``."""
         self.notes.append(f"{ROUTE_NOTES[route]}, because {reason}")
         self.route = route
 
@@ -261,7 +261,7 @@ class PairModel(nn.Module):
 
 
 def find_head(causal: Any) -> Head:
-    """Return the model's head. The model's configuration gives the scale and softcap of its logits.
+    """Return the model's head, with the scale and softcap of logits from the configuration.
 
     If a model changes its logits in another way, ``model.probe`` detects this.
     """

@@ -28,7 +28,7 @@ from orpo_lite.ops.devices import dtype_name
 
 
 def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
-    """Choose the fastest correct way (a route) to send pairs through the model, and use it.
+    """Set the model's route: the fastest correct way to send pairs through the model.
 
     Example of a route: several pairs are packed into one row. A route is correct if it gives the
     same results as the model's own code. On random pairs, the log-probabilities and the gradient of
@@ -36,8 +36,9 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
     route, ``model.notes`` gives the reason.
 
     A route can give wrong results if the model has position biases (ALiBi), linear or sparse
-    attention, attention sinks or positions that are counted along the row. It can also be wrong if
-    the model changes its logits in a way that ``pair_model.find_head`` does not know.
+    attention, attention sinks or positions that are counted along the row. A route can also give
+    wrong results if the model changes its logits in a way that ``pair_model.find_head`` does not
+    know.
 
     Args:
         model: the model with the settings of the training. If it has no trained parameters, only
@@ -80,7 +81,8 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
 def probe_operations(model: PairModel) -> None:
     """Compare this package's layers with the model's own layers.
 
-    Recipes without packing need only this part of :func:`probe`, because they use no routes.
+    For a recipe without packing, this part of :func:`probe` is enough: the other part chooses how
+    packed pairs go through the model (:data:`orpo_lite.model.pair_model.Route`).
     """
     with _random_adapter(model):
         _compare_operations(model)

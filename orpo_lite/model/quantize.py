@@ -24,8 +24,9 @@ def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[s
 
     - The layers of :func:`bypassed_layers`.
     - On a CPU: the layers whose width is in :func:`wrong_widths`.
-    - The output head, if the two rules above give a name. If they give none, the result is [],
-      because transformers then skips the head by default.
+    - The output head, but only if the two rules above give at least one layer.
+
+    If the two rules give no layer, the result is []. Then transformers skips the head by default.
     """
     if not recipe.quantization.load_in_4bit:
         return []
@@ -40,7 +41,7 @@ def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[s
 
 
 def quantizable(model: Any) -> dict[str, Any]:
-    """Return the layers that transformers quantises to 4 bit, by name.
+    """Return name -> layer for the layers that transformers quantises to 4 bit.
 
     These are the plain linear layers and GPT-2's Conv1D layers, except the head and the layers of
     :func:`bypassed_layers`.

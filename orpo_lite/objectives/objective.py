@@ -84,7 +84,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, logps: PairLogps, divisors: Divisors) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch's share of the step's loss, and its share of each of ``parts``.
+        """Return a micro-batch's share of the step's loss, and of each value named in ``parts``.
 
         The shares of all micro-batches and processes add up to the step's loss. The planner calls
         this method on the meta device, where tensors have no values. So an objective must not
@@ -103,7 +103,8 @@ class Objective(ABC):
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
         """Return the metrics of a step. One of them is ``loss``.
 
-        ``parts``: the values that :attr:`parts` names, each summed over the whole step.
+        ``parts``: one number for each name in the class attribute :attr:`parts`, in the same order.
+        The number is the sum of this value over the whole step.
         """
 
     def described(self) -> list[tuple[str, str]]:
@@ -127,9 +128,10 @@ class Objective(ABC):
 
 
 def find_objective(settings: LossSection) -> Objective:
-    """Return the objective that ``loss.type`` names, with the recipe's settings.
+    """Return the objective that ``loss.type`` names. The objective gets the settings of ``loss``.
 
-    For ``orpo``, the objective's class is ``OBJECTIVE`` in ``orpo.py``.
+    The type is the name of a module, and ``OBJECTIVE`` in this module is the objective's class:
+    ``orpo`` -> ``OBJECTIVE`` in ``orpo.py``.
 
     Raises:
         RecipeError: the objective needs an output that no model returns.

@@ -54,8 +54,8 @@ class Orpo(Objective):
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
         """Return name -> value of the loss, its parts and the rewards.
 
-        The names are those of TRL's ORPOTrainer. A reward is beta times the mean log-probability of
-        a response.
+        TRL's ORPOTrainer uses the same names. A reward is beta times the mean log-probability of a
+        response.
         """
         beta = self.settings.beta
         named = dict(zip(self.parts, parts, strict=True))

@@ -59,9 +59,9 @@ _making_host_memory = False
 def transfer(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the tensor on ``device``. The copy is asynchronous.
 
-    A copy from a GPU goes to pinned memory. Code on another stream must wait for the stream on
-    which the copy was started. On meta, nothing is copied. :func:`is_on_host` tells which meta
-    tensors represent host memory.
+    A copy from a GPU to the CPU is in pinned memory. Code on another CUDA stream must wait for the
+    stream on which the copy was started. The data of meta tensors are not copied.
+    :func:`is_on_host` tells which meta tensors represent host memory.
     """
     if tensor.is_meta:
         to_host = device == HOST

@@ -38,7 +38,7 @@ def checkpoint_layers(
     Args:
         layers: decoder layers of type ``GradientCheckpointingLayer``.
         use_layout: a context manager that sets a layout. A layer's second run may be on another
-            thread, which has no layout. There, use_layout sets the layout of the first run.
+            thread, where no layout is set. So use_layout sets the first run's layout there again.
         offload: if True, the layers' inputs are kept in host memory.
         has_dropout: whether the layers have dropout. If so, the second run uses the random state
             of the first run.
@@ -79,16 +79,19 @@ class HostStore:
 
     On a GPU, copies and computation run at the same time.
 
-    Forward pass: a tensor stays on the device until two more tensors have been saved. Then the
-    device's computation waits until the tensor has been copied, and later tensors may use its
-    device memory. ``record_stream`` is not used. With ``record_stream``, the allocator would decide
-    when memory is free. Because the host runs ahead of the device, the memory of several tensors
-    would be free too late.
+    Forward pass: the copy of a tensor to the host starts when the tensor is saved. The tensor stays
+    on the device until two more tensors have been saved. Then the computation on the device waits
+    for the end of the copy. After that, other tensors may use the tensor's device memory.
 
-    Backward pass: while a layer runs, the tensor that the next layer needs is copied to the device.
-    So two tensors are on the device. Their memory is allocated on the stream of the computation.
+    ``record_stream`` is not used. With ``record_stream``, the allocator would decide when memory is
+    free. The host runs ahead of the device. So the memory of several tensors would be free too
+    late.
 
-    torch's and TRL's activation offloading do the same.
+    Backward pass: while a layer runs, the tensor for the next layer is copied to the device. So the
+    tensors of two layers are on the device. The memory of both tensors is allocated on the stream
+    of the computation.
+
+    Activation offloading in torch and in TRL works in the same way.
     """
 
     def __init__(self, count: int = 1) -> None:
@@ -220,8 +223,9 @@ class HostPool:
         """Return a place for a tensor. If no slab has enough free bytes, allocate a new slab.
 
         ``expected`` is the number of tensors of this size that still need a place, including
-        ``tensor``. The new slab's size is the largest power of two that the expected tensors fill,
-        so that little memory is unused. But a slab is always large enough for ``tensor``.
+        ``tensor``. The new slab's size is a power of two: the largest one that is not above the
+        total size of the expected tensors. So little memory is unused. If this size is too small
+        for ``tensor``, the slab has the next larger power of two.
         """
         size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         fitting = [slab for slab in self._slabs if slab.free_bytes >= size]

@@ -6,8 +6,8 @@ prefix: another part of the row, to which all tokens of the segment attend too.
 If a pair shares its prompt, the row contains ``[prefix | chosen rest | rejected rest]``: the common
 prefix of the two sequences, and then the rest of each sequence. The first segment is the common
 prefix and the chosen rest. The second segment is the rejected rest, and its prefix is the common
-prefix. So the rejected tokens attend as if they followed the common prefix directly: the causal
-mask is aligned bottom-right.
+prefix. So the rejected tokens attend as if they followed the common prefix directly. For this
+purpose, the causal mask is aligned bottom-right: the last query is at the position of the last key.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def as_sequences(
 
     Returns:
         Queries (T, H, E), keys (S, K, E), values (S, K, E') and ``lengths``. In keys and values,
-        each segment follows a copy of its prefix. ``lengths`` is (first index of each sequence of
-        queries, first index of each sequence of keys, length of the longest sequence of queries,
-        length of the longest sequence of keys).
+        each segment follows a copy of its prefix. ``lengths`` has four entries: the first index of
+        each sequence in the queries, the first index of each sequence in the keys, the length of
+        the longest sequence in the queries, the length of the longest sequence in the keys.
     """
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if any(segment.prefix_length for segment in segments):
@@ -138,11 +138,12 @@ def _starts(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor
 
 
 class Run(NamedTuple):
-    """Consecutive segments of similar length.
+    """Consecutive segments of a row, with similar lengths.
 
     ``queries`` and ``keys`` are slices of the queries and keys from :func:`as_sequences`.
-    ``starts_q`` and ``starts_k`` give the index in these slices at which each segment begins. The
-    last entry is the length of the slice. In ``keys``, a segment begins with a copy of its prefix.
+    ``starts_q`` contains the index at which each segment begins in the slice ``queries``, and then
+    the length of the slice. ``starts_k`` has the corresponding numbers for the slice ``keys``. In
+    ``keys``, a segment begins with a copy of its prefix.
     """
 
     queries: slice
@@ -191,14 +192,14 @@ def _is_similar(group: Sequence[Segment]) -> bool:
 
 
 def clear_row_caches() -> None:
-    """Delete the cached index tensors of recent rows. A measured step then allocates new ones."""
+    """Empty the caches of recent rows. A measured step then allocates its index tensors again."""
     _key_index.cache_clear()
     _starts.cache_clear()
     similar_runs.cache_clear()
 
 
 def join_tokens(tensor: Tensor, prefix: slice, own: slice) -> Tensor:
-    """Return the tokens ``prefix`` and then the tokens ``own``; a view if ``prefix`` is empty."""
+    """Return the tokens at ``prefix``, then those at ``own``. Empty ``prefix``: return a view."""
     own_tokens = tensor[:, :, own]
     if prefix.stop <= prefix.start:
         return own_tokens

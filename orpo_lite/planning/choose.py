@@ -1,4 +1,4 @@
-"""Plan the memory settings of a training for the GPU that it runs on."""
+"""Plan the memory settings of a training for the GPU that runs the training."""
 
 from collections.abc import Collection, Generator
 from pathlib import Path

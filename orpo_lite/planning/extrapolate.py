@@ -37,12 +37,16 @@ def seconds(work: Mapping[tuple[int, int], int], sent: int, gpu: Gpu) -> float:
 class LayerExtrapolation:
     """Predicts the memory and time of a step for any number of layers. Memory settings are fixed.
 
-    Steps of models with two to four layers are measured. Memory peaks at the start of the backward
-    pass, when everything that the layers keep is in memory, or later, when a checkpointed layer is
-    recomputed. At both moments, each further layer adds a fixed number of bytes.
+    Steps of models with two to four layers are measured. Memory has its peak at one of two moments:
 
-    ``kept`` is the number of layers that are not checkpointed. A layer that is not checkpointed
-    adds the same number of bytes with and without offload.
+    - the start of the backward pass, when everything that the layers keep is in memory
+    - later in the backward pass, when a checkpointed layer is recomputed
+
+    At both moments, each further layer adds a fixed number of bytes. A layer that is not
+    checkpointed adds the same number of bytes with and without offload.
+
+    In the methods, ``layers`` is the number of layers of the model. ``kept`` is the number of these
+    layers that are not checkpointed.
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class LayerExtrapolation:
         alike: "LayerExtrapolation | None" = None,
         untiled: "LayerExtrapolation | None" = None,
     ) -> None:
-        """Store the arguments. No step is measured before the result of the step is needed.
+        """Store the arguments. A step is measured later, when a result first needs it.
 
         Args:
             recipe: the recipe with the chosen memory settings.
@@ -68,9 +72,9 @@ class LayerExtrapolation:
             models: the cache of models from earlier measurements of the recipe; None for a new one.
             on_device: the extrapolation for the same settings without offload; None if these
                 settings have no offload.
-            alike: an extrapolation for other settings, with which an un-checkpointed layer needs
-                the same bytes and operators. Then ``alike`` measures the layer. None: the
-                layer is measured here.
+            alike: an extrapolation for other settings. With both settings, an un-checkpointed layer
+                must need the same bytes and the same operators. ``alike`` measures this layer for
+                both. None: this extrapolation measures the layer.
             untiled: the extrapolation for the same settings without MLP tiles and with the recipe's
                 ``head_chunk``; None if these settings have no MLP tiles.
         """
@@ -141,7 +145,7 @@ class LayerExtrapolation:
         return max(recomputing, backward)
 
     def work(self, layers: int, kept: int) -> Counter[tuple[int, int]]:
-        """Count the operators of a step: (FLOPs, bytes moved) of one operator -> how many."""
+        """Count the operators of a step: (FLOPs, bytes moved) -> number of such operators."""
         total = Counter(self._two.work)
         parts = [(_added(self._two.work, self._three.work), layers - kept - self._few)]
         if kept:
@@ -168,8 +172,8 @@ class LayerExtrapolation:
     def least_peak(self, untiled: "LayerExtrapolation", kept: int) -> int:
         """Return a lower bound of :meth:`peak`. The bound needs fewer measured steps than the peak.
 
-        ``untiled`` is the extrapolation without MLP tiles. The bound counts one un-checkpointed
-        layer less than ``kept``, because the first layer may keep nothing.
+        ``untiled`` is the extrapolation without MLP tiles. ``kept`` is a number of un-checkpointed
+        layers. The bound counts one layer less than ``kept``: the first layer may keep nothing.
         """
         on_device, plain = self._on_device or self, untiled._on_device or untiled
         return max(0, on_device._kept.peak - plain.checkpoint + (kept - 3) * self.layer)
@@ -179,8 +183,8 @@ class LayerExtrapolation:
     ) -> float:
         """Return a lower bound of :meth:`seconds_per_token`. The bound needs fewer measured steps.
 
-        ``untiled`` is the extrapolation without MLP tiles. Tiles only add work. So a checkpointed
-        layer takes at least as long with tiles as without tiles.
+        ``untiled`` is the extrapolation without MLP tiles. The bound uses the time of checkpointed
+        layers without tiles. The time with tiles is never shorter, because tiles only add work.
         """
         plain = untiled._on_device or untiled
         without = untiled.seconds_per_token(layers, 0, gpu)

@@ -67,7 +67,7 @@ def allowances(step: int, gpu: Gpu | None, *, deterministic: bool = False) -> di
     """Return a dict: name of an allowance -> its bytes.
 
     An allowance is an estimate of memory that a run needs in addition to tensors, such as the CUDA
-    context. ``step``: peak bytes of a step. Tensors that stay on the device are not counted.
+    context. ``step``: the peak bytes of a step, without the tensors that are always on the device.
     """
     if not gpu:
         return {"fragmentation": int(FRAGMENTATION * step)}

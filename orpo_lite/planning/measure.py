@@ -70,14 +70,14 @@ def heaviest_pairs(
 ) -> list[TokenizedPair]:
     """Return pairs that need at least as much memory as any micro-batch of the given pairs.
 
-    If all pairs of a micro-batch are in one row, memory grows with three numbers: the number of
-    tokens, of segments and of prefix tokens. FlashAttention adds 128 rows for each segment.
+    If all pairs of a micro-batch are in one row, memory grows with three numbers: the numbers of
+    tokens, segments and prefix tokens. FlashAttention adds 128 rows for each segment.
     Attention repeats the keys and values of prefix tokens. In the returned pairs, each of the three
     numbers is at its maximum over all possible micro-batches.
 
     If the pairs are in several rows, the longest pairs are divided into micro-batches. The largest
-    micro-batch is returned. If this micro-batch has space for more tokens, one more pair fills the
-    space.
+    micro-batch is returned. If this micro-batch has fewer tokens than are allowed, one more pair
+    with the missing tokens is added.
     """
     most = recipe.training.global_batch_size
     if not (batching.packed and in_one_row):
@@ -135,7 +135,7 @@ class MetaModels:
         """Return a model of this configuration with the recipe's memory settings.
 
         Models with the same number of layers share their modules. Each call changes the modules.
-        So after a second call with the same number of layers, do not use the first model.
+        So after a second call with the same number of layers, do not use the first call's model.
         """
         layers = int(config.get_text_config().num_hidden_layers)
         if layers not in self._models:
@@ -152,7 +152,9 @@ def measure(
     planned: PlannedRoute | None = None,
     models: MetaModels | None = None,
 ) -> StepMemory:
-    """Run a recipe's heaviest micro-batch forward and backward on meta. Return memory and work.
+    """Return the memory and the operators of a forward and backward pass on the meta device.
+
+    The pass has the pairs of the recipe's heaviest micro-batch: see :func:`heaviest_pairs`.
 
     Args:
         recipe: the recipe with the memory settings to measure.
@@ -246,8 +248,9 @@ def offloaded_embedding_bytes(model: PairModel) -> int:
 def loading_bytes(model: PairModel, resident: Mapping[str, int]) -> int:
     """Return the bytes on the device while the base is loaded.
 
-    They include the whole base, an embedding that is moved to host memory after loading, and the
-    16-bit tensors that transformers' loading threads hold before they quantise them.
+    The bytes are those of the whole base and of 16-bit tensors. The base includes an embedding that
+    is moved to host memory after loading. Each loading thread of transformers may hold one 16-bit
+    tensor that is not quantised yet.
     """
     quantised = [
         _elements(parameter)
@@ -261,7 +264,10 @@ def loading_bytes(model: PairModel, resident: Mapping[str, int]) -> int:
 
 @contextmanager
 def track_phases(backbone: Any, meter: LiveBytes) -> Iterator[None]:
-    """Set ``meter.phase`` in a forward pass to "batch", then "kept by the layers", then "head"."""
+    """Set ``meter.phase`` to the part of a forward pass that runs.
+
+    "batch": before ``backbone``. "kept by the layers": in ``backbone``. "head": after ``backbone``.
+    """
 
     def set_phase(name: str) -> Any:
         def hook(*_: Any) -> None:

@@ -23,8 +23,8 @@ def meta_attention(
 ) -> tuple[Tensor, None]:
     """Return a meta tensor in the shape of attention's output. No scores are computed.
 
-    For the backward pass, these are kept: queries, keys, values, output, and one number per query
-    and head.
+    Five tensors are kept for the backward pass: the queries, keys, values and output, and a tensor
+    with one number per query and head.
     """
     return meta_flash_attention(query, key, value).transpose(1, 2), None
 
@@ -33,9 +33,9 @@ AttentionInterface.register(META_ATTENTION, meta_attention)
 
 
 def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Return part of a model (such as "adapter") -> tensors of this part on the model's device.
+    """Return a dict: the name of a part of the model, such as "adapter" -> the part's tensors.
 
-    Each storage appears once.
+    Only tensors on the model's device are in the dict. Each storage appears once.
     """
     parts: dict[str, list[Tensor]] = {"base": [], "embeddings, head, norms": [], "adapter": []}
     own: Any = model.causal if isinstance(model, PairModel) else model
@@ -75,8 +75,8 @@ def patched_for_meta() -> Iterator[None]:
 
     ``torch.autocast`` fails for the device type meta. peft's adapters of experts call
     ``torch.autocast`` to turn autocast off. transformers' ``find_packed_sequence_indices`` reads
-    the values of positions, and meta tensors have no values. Its replacement returns None, because
-    each row is one sequence and the indices are not needed.
+    the values of positions, and meta tensors have no values. The replacement of this function
+    returns None, because each row is one sequence and the indices are not needed.
     """
     plain: Any = torch.autocast
     search = masking_utils.find_packed_sequence_indices
@@ -106,7 +106,7 @@ def worst_case(max_length: int, pairs: int) -> Triples:
 
 
 def blank_pairs(triples: Triples) -> list[TokenizedPair]:
-    """Return pairs with the given token counts. The token ids have no meaning: meta ignores ids."""
+    """Return pairs with the given token counts. The token ids mean nothing on the meta device."""
     pairs = []
     for prefix, chosen, rejected in triples.tolist():
         chosen_ids = np.zeros(chosen, np.int32)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedRoute:
-    """A predicted route of pairs through the model: :data:`orpo_lite.model.pair_model.Route`."""
+    """The predicted route of pairs. The routes: :data:`orpo_lite.model.pair_model.Route`."""
 
     route: Route
     attention: str | None
@@ -41,7 +41,7 @@ class PlannedRoute:
     """Why the route of the recipe cannot be used; "" if it is used."""
 
     def apply(self, model: PairModel, kind: str) -> None:
-        """Set this route in a model on meta. ``kind`` is the kind of device to plan for."""
+        """Set this route in a model on the meta device. ``kind``: the device kind to plan for."""
         model.target_kind = kind
         if self.route != model.route:
             model.fall_back(self.route, self.reason)
@@ -52,16 +52,17 @@ class PlannedRoute:
 def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> PlannedRoute:
     """Return the route that the probe before the training is expected to choose.
 
-    If all layers can use this package's attention, this is the recipe's route: shared or packed.
-    Otherwise each sequence goes through the model alone. Recipes without packing use no routes.
+    If all layers can use this package's attention, the route is shared or packed, as the recipe
+    says. Otherwise the route is rows: each sequence goes through the model alone. The route is also
+    rows if the model's rotary embedding changes with the length. A recipe without packing uses no
+    route.
 
-    This package registers its attention function in transformers. Most layers call the registered
-    function, but layers with ALiBi or linear attention do not. The function also refuses attention
-    sinks and masks. If the model's rotary embedding changes with the length, each sequence also
-    goes through the model alone.
+    This package registers an attention function in transformers. Most layers call this function,
+    but layers with ALiBi or linear attention do not. The attention function refuses attention sinks
+    and masks.
 
-    Meta tensors have no values. So this function cannot find a route that gives wrong values. The
-    probe finds such a route.
+    Meta tensors have no values. So ``find_route`` cannot detect that a route gives wrong values.
+    The probe detects this.
 
     Raises:
         One of MODEL_CODE_ERRORS: the model cannot be built on meta.

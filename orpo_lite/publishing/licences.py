@@ -1,4 +1,4 @@
-"""Read the licences of base and datasets from their cards, and apply their rules for publishing.
+"""Read licences from the cards of base and datasets. Apply the licences' rules for publishing.
 
 A licence is never guessed. If the base's card names no licence, the new model card names none.
 """
@@ -108,7 +108,7 @@ def licence_names(licence: Mapping[str, Any]) -> list[str]:
 
 
 def licence_text(licence: Mapping[str, Any]) -> str:
-    """Return a card's licence names as one text, such as "mit, gemma", or "" if it has none."""
+    """Return a card's licence names as one text: "mit, gemma", or "" if the card has none."""
     names = licence_names(licence)
     return ", ".join([name for name in names if name.lower() != "other"] or names)
 
@@ -251,7 +251,7 @@ def _is_inside(file: Path) -> bool:
 
 
 def read_text(file: bytes | Path) -> str:
-    """Return the text of a file. ``file`` is a path, or the bytes of the file."""
+    """Return the text of a file. ``file`` is the path, or the content as bytes."""
     content = file if isinstance(file, bytes) else file.read_bytes()
     return content.decode("utf-8", "replace")
 

@@ -115,7 +115,7 @@ def _sync_all(folder: Path) -> list[Path]:
 
 @contextmanager
 def explain_write_errors(final: Path, temporary: Path) -> Iterator[None]:
-    """If the code in the context fails to write, raise an error that has a fix.
+    """If the code in the ``with`` block fails to write, raise an error that has a fix.
 
     Args:
         final: the path of the file or folder, for messages.

@@ -107,7 +107,7 @@ def values_at_start(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def values_in_force(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``section.key`` -> value that the newest step of a run used, after all changes."""
+    """Return ``section.key`` -> value after all changes of a run: the value in the newest step."""
     changes = read_changes(lock, str(path / "lock.json"))
     return values_at_start(path, lock) | {
         change.key: change.after for change in changes if is_recipe_key(change.key)
@@ -169,7 +169,7 @@ def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def find_changes(path: Path, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
-    """Compare ``recipe`` with the values of a run's newest step. Call this before a resume.
+    """Compare ``recipe`` with the recipe values of a run's newest step. Call this before a resume.
 
     Returns:
         The recipe with which the run is resumed, and ``section.key`` -> new value for each changed
@@ -269,9 +269,9 @@ def record_changes(
 ) -> None:
     """Record in recipe.yaml and lock.json that a run continues after ``step`` with new values.
 
-    If the run continues from an older checkpoint, lock.json may have changes at steps after
-    ``step``. The run now repeats these steps with the changed values. So the changes are recorded
-    at ``step`` instead.
+    If the run continues from an older checkpoint, lock.json may already have changes at later
+    steps. The run repeats the steps after ``step`` with the values of these changes. So these
+    changes move to ``step``. Example for step 100: a change after step 200 -> after step 100.
 
     recipe.yaml is written first. If the process is killed before lock.json is written, the next
     resume finds the change in recipe.yaml.
@@ -329,7 +329,7 @@ def _merged(changes: Iterable[Change]) -> list[Change]:
 def other_versions(
     path: Path, old: Mapping[str, Any], lock: Mapping[str, Any]
 ) -> dict[str, tuple[str, str]]:
-    """Return ``versions.NAME`` -> (old version, new version) for each package that changed.
+    """Return the changed packages: ``versions.NAME`` -> (old version, new version).
 
     The newest step of the run used the old version. The new version is installed now.
 

@@ -233,7 +233,10 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
 
 
 def adapter_sha256(adapter: Path) -> str:
-    """Return a hash of an adapter's weights and settings, except its base's name and revision."""
+    """Return a hash of an adapter's weights and settings.
+
+    The name and the revision of the adapter's base are ignored.
+    """
     config = read_json(adapter / "adapter_config.json")
     used = {
         key: value
@@ -252,7 +255,7 @@ def find_trained_base(
     Args:
         path: the run folder.
         folder: the folder that the base was moved to; None if the base was not moved.
-        command: the orpo-lite command in the fix of an error, such as "merge".
+        command: the orpo-lite command that the fix of an error suggests, such as "merge".
 
     Raises:
         ModelError: the base's folder does not exist or holds another base.

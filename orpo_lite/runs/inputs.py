@@ -90,7 +90,7 @@ class Preview:
 
 
 def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None, Preview]:
-    """Read and tokenize the data as :func:`prepare_inputs` does, and return what to show of it.
+    """Read and tokenize the data as :func:`prepare_inputs` does. Return what to show of the data.
 
     Yield progress first. Only the text files of the base (config, tokenizer) are downloaded.
 

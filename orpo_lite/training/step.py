@@ -105,10 +105,11 @@ def accumulate(
     divisors, rank = objective.divisors(batch), processes.rank
 
     def run_passes() -> torch.Tensor:
-        """Run this process's micro-batches, and return the sum of their parts.
+        """Run this process's micro-batches. Return the sums of the objective's ``parts`` over them.
 
-        If a step has few pairs, a process may have no micro-batch. This code is a separate function
-        so that no local variable keeps a tensor in memory after an out-of-memory error.
+        If a step has few pairs, a process may have no micro-batch. Then the sums are 0.
+        ``run_passes`` is a separate function, so that no local variable keeps a tensor in memory
+        after an out-of-memory error.
         """
         parts = torch.zeros(len(objective.parts), dtype=torch.float64, device=processes.device)
         # The scaler creates its state at its first call. A process without pairs would make none.

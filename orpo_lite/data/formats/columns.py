@@ -1,9 +1,8 @@
 """Find the value type of each column, and the columns that hold the prompt, the replies and so on.
 
-Only the first rows of a dataset are examined. A column's type is the type of most of its values,
-except empty values. A column may have another name than in ``COLUMNS``, such as question for
-prompt. If several columns fit a standard name, they must have equal values in every row. If they
-differ, an error lists the data.column_map settings to choose from.
+Only the first rows of a dataset are examined. A column's type is the most frequent type of its
+values; empty values do not count. A column may have another name than in ``COLUMNS``: question for
+prompt. If columns for one name differ, an error lists the data.column_map settings to choose from.
 """
 
 import re
@@ -185,7 +184,7 @@ class ColumnProfile:
     def holds_labels(self, column: str) -> bool:
         """Return whether the column holds labels, such as verdicts or topics, and no replies.
 
-        Labels are single words: names of columns, or words that occur twice or more on average.
+        Labels are single words: column names, model_a, model_b, tie, or words with mean count >= 2.
         """
         if self.type_of(column) not in TEXTS:
             return False
@@ -198,12 +197,12 @@ class ColumnProfile:
         return len(texts) >= MIN_ROWS and len(set(texts)) <= len(texts) / 2
 
     def columns_named(self, *names: str) -> list[str]:
-        """Return the columns with these names. Case, separators and outer spaces are ignored."""
+        """Return columns with these names (by :func:`plain_name`), else :attr:`reply_columns`."""
         found = [column for name in names for column in self.columns if plain_name(column) == name]
         return found or [self.reply_columns[name] for name in names if name in self.reply_columns]
 
     def column_named(self, name: str) -> str:
-        """Return the column ``name``, else the first of :meth:`columns_named`, else ``name``."""
+        """Return ``name`` if it is a column or :meth:`columns_named` is empty; else its first."""
         if name in self.types:
             return name
         found = self.columns_named(name)
@@ -252,7 +251,7 @@ class ColumnProfile:
         return sum(bool(test(*row)) for row in values) / len(values) if values else 0.0
 
     def find(self, canonical: str) -> str | None:
-        """Find, assign and return the column for a standard name; None if there is no candidate.
+        """Return the column for a standard name, and store it in ``assigned``; None if none fits.
 
         Raises DataError if several columns are candidates and their values differ.
         """
@@ -358,9 +357,9 @@ class ColumnProfile:
         refuse_templated(self, [*templated, *replies], () if replies else raw)
 
     def setting(self, **columns: str) -> Overrides:
-        """Return a data.column_map setting with these columns: standard name=column.
+        """Return a data.column_map setting: ``setting(prompt="question")`` -> prompt=question.
 
-        The current entries of data.column_map are kept if they do not conflict with these columns.
+        Current entries of data.column_map are kept if they do not conflict with ``columns``.
         """
         theirs = {ours: self.mapped.get(column, column) for ours, column in columns.items()}
         replaced = set(theirs)
@@ -393,9 +392,8 @@ class ColumnProfile:
     def renamed(self, row: Row, where: str) -> Row:
         """Return a copy of the row with the standard names as keys. JSON texts become lists.
 
-        An optional name, such as system, is left out if no column of the dataset was assigned to
-        it. Raises RowError if a value has another type than the usual one of its column, and would
-        be misread.
+        An optional name, such as system, is left out if no column was assigned to this name. Raises
+        RowError for a value of a wrong type that would be misread, and for an unclear verdict.
         """
         row = {
             **self._normalized(row),

@@ -102,7 +102,10 @@ def is_reply(column: str) -> bool:
 
 
 def is_answer(column: str) -> bool:
-    """Return whether a column's name is a numbered answer: ``response_1`` or ``answer_b``."""
+    """Return whether a column's name is an answer with a number or letter: ``response_1``.
+
+    The number is 0, 1 or 2, or the letter is a or b.
+    """
     match = NUMBERED.fullmatch(column)
     return match is not None and any(word in match[1].lower() for word in ANSWER_WORDS)
 

@@ -179,10 +179,10 @@ READERS: dict[str, Reader] = {
 
 
 def pair_without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
-    """Return None if no reply is null. Else return an empty pair with the reason to drop the row.
+    """Return an empty pair if a reply in the row is null; None for other rows.
 
-    ``fields``: the columns of chosen and rejected, or one column that holds both replies. An empty
-    csv cell is null.
+    ``drop`` of the pair is the reason to drop the row. ``fields``: the columns of chosen and
+    rejected, or one column that holds both replies. An empty csv cell is null.
     """
     for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=False):
         if field in row and row[field] is None:
@@ -191,9 +191,9 @@ def pair_without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | No
 
 
 def without_repeated_prompt(pair: Pair) -> Pair:
-    """Return the pair with the prompt removed from the start of replies that repeat the prompt.
+    """Return the pair. If a reply begins with the prompt, remove the prompt from this reply.
 
-    If a reply repeats only the last turns of the prompt, these turns are removed.
+    If a reply begins with only the last turns of the prompt, remove these turns from this reply.
     """
     texts = (pair.chosen, pair.rejected)
     rests = texts_after_prompt(pair)
@@ -219,10 +219,10 @@ def without_repeated_prompt(pair: Pair) -> Pair:
 
 
 def texts_after_prompt(pair: Pair) -> list[str | None]:
-    """Return the texts that follow a repeated prompt in chosen and in rejected.
+    """Return [rest of chosen, rest of rejected]: the reply without the prompt that it repeats.
 
-    A reply may begin with the whole prompt or with only its last turns. If a reply begins with
-    neither, its result is None.
+    A reply may begin with the whole prompt, or with only the last turns of the prompt. For any
+    other reply, the rest is None.
     """
     return [_text_after_turns(pair.messages, text) for text in (pair.chosen, pair.rejected)]
 
@@ -491,7 +491,7 @@ def _score(value: Any, where: str, label: str) -> float | None:
 
 
 def has_unread_fields(row: Row) -> bool:
-    """Return whether a row has parts of its pair that are not read, such as tools or images."""
+    """Return whether a row or its messages have fields that are not read: tools, images etc."""
     values = [value if isinstance(value, list) else [value] for value in row.values()]
     messages = [item for items in values for item in items if is_message(item)]
     unread = [item.get(key) for item in (row, *messages) for key in UNREAD_KEYS]

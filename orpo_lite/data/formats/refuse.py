@@ -1,4 +1,7 @@
-"""Raise errors for datasets whose format is not clear. The fix names helpful settings, if any."""
+"""Raise errors for datasets whose format is not clear.
+
+If a setting of the recipe can make the format clear, the fix in the error names the setting.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import NoReturn

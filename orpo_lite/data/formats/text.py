@@ -46,11 +46,11 @@ def is_dialogue(text: str) -> bool:
 
 
 def read_dialogue_prompt(row: Row, where: str) -> tuple[tuple[Message, ...], str]:
-    """Return the turns of a prompt that is a dialogue in one text, and the text of the prompt.
+    """Return the turns and the text of a prompt that is a dialogue in one text.
 
-    The returned text ends with an assistant marker. If the prompt has no marker at its end, but
-    chosen begins with a marker, the marker is added to the prompt. Raises RowError if the prompt
-    is not a dialogue that ends with an assistant marker.
+    The returned text ends with an assistant marker. If the prompt does not end with an assistant
+    marker, but chosen begins with one, an assistant marker is added to the prompt. Raises RowError
+    if the result is not a dialogue that ends with an assistant marker.
     """
     text = _plain_ends(text_of(row, "prompt", where))
     if not text.rstrip().endswith(ASSISTANT_MARKER) and STARTS_WITH_MARKER.match(

@@ -96,7 +96,7 @@ def usual_type(values: Sequence[Any], column: str) -> ValueType:
 
 
 def are_texts(values: Sequence[Any]) -> bool:
-    """Return whether most of the values are texts, as in a csv file. Empty values are ignored."""
+    """Return whether most values are texts (in a csv file, all are). Empty values are ignored."""
     filled = [value for value in values if not is_blank(value)]
     return sum(isinstance(value, str) for value in filled) > len(filled) / 2
 
@@ -122,7 +122,8 @@ def unpack_json(value: Any, column: str = "") -> Any:
 def single_text(value: Any) -> str | None:
     """Return the text in a list of exactly one text: ["a"] -> "a". Return None for other values.
 
-    A list that Python printed as a text is read too: "['a']" -> "a". A JSON text is not read.
+    A text that contains such a list in Python's notation is read too: "['a']" -> "a". A text that
+    contains the list as JSON is not read: '["a"]' -> None.
     """
     if isinstance(value, str) and _PYTHON.match(value) and not _is_json(value):
         value = _parsed(value)
@@ -274,8 +275,9 @@ _END_MARKER = re.compile(
 def is_templated(value: Any) -> bool:
     """Return whether a chat template was probably applied to one of the texts in a value.
 
-    The text has a marker at its start or end, or several markers in order. A single marker inside a
-    text is not enough, because a question about templates may contain one.
+    Such a text has a template's marker, such as <|im_end|>, at its start or end, or has the markers
+    of several turns in their order. A single marker inside a text is usually not enough, because a
+    question about templates may contain a marker.
     """
     return begins_templated(value) or end_marker(value) is not None
 
@@ -300,9 +302,10 @@ def _last_characters(text: str) -> str:
 
 
 def end_marker(value: Any) -> str | None:
-    """Return the marker at the end of a text, such as <|im_end|>; None if no text ends with one.
+    """Return the marker at the end of a text in ``value``, such as <|im_end|>.
 
-    A value may have several texts. The last text that ends with a marker counts.
+    If several texts end with a marker, return the marker of the last of these texts. If no text
+    ends with a marker, return None.
     """
     for text in reversed(texts_in(value)):
         marker = None if is_dialogue(text) else _end_marker(text)

@@ -1,4 +1,4 @@
-"""Decode UTF-8 text. Report text in another encoding, zip files and git-lfs pointers."""
+"""Decode UTF-8 text. Report zip files, git-lfs pointers, and text in another encoding."""
 
 from __future__ import annotations
 

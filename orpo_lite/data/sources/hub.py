@@ -59,7 +59,7 @@ class HubSource(Source):
 def load_hub_dataset(
     name: str, split: str, config: str | None, key: str = TRAIN_SPLIT
 ) -> HubSource:
-    """Return the source of a split, downloaded from the hub or read from the cache.
+    """Return a split as a source. The split is downloaded from the hub or read from the cache.
 
     ``key``: the recipe key of the split, such as data.dataset_test_split. The fix of an error
     shows this key. Raises HubError.

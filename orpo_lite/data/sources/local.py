@@ -302,7 +302,7 @@ def _missing(path: Path, similar: Sequence[str], expected: str = "a file or fold
 
 
 def path_settings(path: Path, names: Sequence[str]) -> str:
-    """Return a fix with a data.dataset_name setting for each name: "setting A or setting B".
+    """Return a fix: one data.dataset_name setting for each of ``names``, joined by "or".
 
     ``names``: names of files in the folder of ``path``.
     """
@@ -310,7 +310,10 @@ def path_settings(path: Path, names: Sequence[str]) -> str:
 
 
 def similar_names(path: Path) -> list[str]:
-    """Return up to three files in the folder of ``path`` with similar names. Ignore suffixes."""
+    """Return up to three names in the folder of ``path`` that are similar to the name of ``path``.
+
+    The names are compared without suffixes.
+    """
     try:
         siblings = sorted(child.name for child in path.parent.iterdir())
     except (OSError, ValueError):  # there is no such folder, or its name is impossible

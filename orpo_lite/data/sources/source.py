@@ -32,7 +32,7 @@ class Source(ABC):
 
     @abstractmethod
     def rows(self, faults: list[DataError]) -> Iterator[PlacedRow]:
-        """Yield (place, row).
+        """Yield (place, row). A place is a text, such as a.csv:3.
 
         If a row cannot be read, its error is added to ``faults``. If a file cannot be read,
         DataError is raised at once.
@@ -40,9 +40,10 @@ class Source(ABC):
 
     @abstractmethod
     def with_labels(self, labels: Mapping[str, str]) -> Source:
-        """Return the source with new labels. A label begins the place of a row: a.csv in a.csv:3.
+        """Return the source with new labels. The place of a row begins with a label.
 
-        ``labels``: the path of a file, or ``dataset/split`` of the hub -> the label.
+        Example: the label a.csv -> the place a.csv:3. ``labels`` maps a key to a label. The key is
+        the path of a file, or ``dataset/split`` for a hub dataset.
         """
 
     @abstractmethod
@@ -66,7 +67,10 @@ class Source(ABC):
 
 
 def dataset_name_setting(names: Sequence[str]) -> Overrides:
-    """Return the data.dataset_name setting that lists these names, quoted for a shell."""
+    """Return a setting that gives data.dataset_name the value ``names``.
+
+    The setting's text is quoted for a shell: a, b c -> ``'data.dataset_name=a,b c'``.
+    """
     value = ",".join(names)
     if any(set(name) & set(",[]'\"") for name in names):
         value = json.dumps(list(names), ensure_ascii=False)
@@ -79,9 +83,10 @@ def is_local(name: str) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """Return whether a dataset's name has the form of a path, and not of a hub dataset.
+    """Return whether a dataset's name has the form of a local path, not the form of a hub name.
 
-    A path has the suffix of a data file, has a wildcard, or begins with ".", "/" or "~".
+    A path has the suffix of a data file or spreadsheet, has a wildcard, or begins with ".", "/" or
+    "~".
     """
     if data_suffix(name) or name.lower().endswith(SPREADSHEETS) or glob.has_magic(name):
         return True
@@ -140,7 +145,11 @@ def names_split(name: str) -> bool:
 
 
 def split_note(split: str, names: Sequence[str]) -> str:
-    """Return a note on the chosen split. The note also names a matching held-out split, if any."""
+    """Return a note on the chosen split.
+
+    If ``names`` has the held-out split that belongs to the chosen split (train_prefs ->
+    test_prefs), the note also names the held-out split.
+    """
     rest = split_words(split) - TRAIN
     chosen = "" if split == "train" else f"split {split} (of {list_names(names)})"
     for name in names:
@@ -151,7 +160,7 @@ def split_note(split: str, names: Sequence[str]) -> str:
 
 
 def noted_split(note: str) -> str | None:
-    """Return the held-out split that a :func:`split_note` names; None if it names none."""
+    """Return the held-out split that a :func:`split_note` names; None if no split is named."""
     found = re.search(rf"{TEST_SPLIT}=(\S+) would use", note)
     return found[1] if found else None
 
