@@ -79,13 +79,13 @@ FIRST_REPORT = 5.0
 def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     """Train with a recipe, and write the run folder: adapter, metrics, samples, model card.
 
-    It does not merge or push the adapter: see :func:`orpo_lite.merge` and :func:`orpo_lite.push`.
+    The adapter is not merged or pushed: see :func:`orpo_lite.merge` and :func:`orpo_lite.push`.
 
     Args:
         recipe: the recipe. ``training.output_dir`` is the run folder.
-        resume: True: continue the run in ``training.output_dir``. If ``recipe`` does not set a key,
-            the run keeps its value. If ``recipe`` sets another value, this change is recorded, or
-            refused if the key may not change.
+        resume: True: continue the run in ``training.output_dir``. A key that ``recipe`` does not
+            set keeps the run's value. If ``recipe`` sets a new value, the change is recorded. For a
+            key that must not change, a new value is an error.
 
     Raises:
         OrpoLiteError: an error that the person can fix. Most errors are found before the weights
@@ -96,7 +96,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
 
 @with_torch_defaults
 def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None, TrainResult]:
-    """Train as :func:`train` does; yield its progress and return its result."""
+    """Train as :func:`train` does. Yield the training's progress. Return the training's result."""
     objective = find_objective(recipe.loss)
     path = Path(recipe.training.output_dir)
     changed: dict[str, Any] = {}
@@ -344,7 +344,7 @@ def verify(
 def verify_events(
     run_folder: str | Path, *, weights: Weights = "original", base_path: str | Path | None = None
 ) -> Generator[Update, None, Verdict]:
-    """Verify as :func:`verify` does; yield its progress and return its result."""
+    """Verify as :func:`verify` does. Yield the progress and return the verdict."""
     verdict = yield from compare_merged(run_folder, weights=weights, base_path=base_path)
     yield from attempt(NO_CARD, write_card, Path(run_folder).expanduser())
     return verdict
@@ -361,16 +361,17 @@ def verify_export_events(
     """Compute the share of the trained adapter's gain that an exported GGUF file keeps.
 
     The gain is what the adapter adds to the log odds ratio of chosen to rejected replies. It is
-    measured with llama.cpp on held-out pairs of the run, or on training pairs if no pairs were held
-    out. ``kept.json`` is written next to the GGUF file.
+    measured on held-out pairs of the run, or on training pairs if no pairs were held out. llama.cpp
+    scores the GGUF file. The base and the trained adapter are scored as in :func:`verify`.
+    ``kept.json`` is written next to the GGUF file.
 
     Yields progress. Finally returns the share and the number of pairs.
 
     Args:
         run_folder: the folder of a finished run.
         folder: the folder of the export, with one GGUF file.
-        weights: which merged model was exported: the one merged onto the ``original`` base, or
-            the one merged onto the ``dequantized`` base.
+        weights: the base weights of the exported model, ``original`` or ``dequantized``. The
+            adapter was merged into these weights.
         base_path: where the base is now, if its folder was moved.
 
     Raises:
@@ -390,7 +391,7 @@ def verify_export_events(
 
 
 def generate(run_folder: str | Path, prompts: str | Path, **options: Any) -> Answers:
-    """Answer a file of prompts with a run, a merged folder or a hub model.
+    """Answer the prompts in a file. The model is a run, a merged folder or a hub model.
 
     For ``options`` and errors see :func:`orpo_lite.evaluation.answers.prepare_answers`.
 
@@ -403,7 +404,7 @@ def generate(run_folder: str | Path, prompts: str | Path, **options: Any) -> Ans
 def generate_events(
     run_folder: str | Path, prompts: str | Path, **options: Any
 ) -> Generator[Update, None, Answers]:
-    """Answer prompts as :func:`generate` does; yield its progress and return its result."""
+    """Answer prompts like :func:`generate`. Yield updates on the progress. Return the result."""
     task = prepare_answers(run_folder, prompts, **options)
     yield Update("note", describe_device(task.found.device, "answering"))
     return (yield from write_answers(task))

@@ -3,10 +3,13 @@
 The base does not prefer the chosen answers before the training. An answer is a greeting, a piece of
 advice and a goodbye, in a warm or a curt tone. All answers have the same number of tokens. The base
 is trained on all phrasings of both tones equally often, so its probability for an answer does not
-depend on the tone. It depends on the advice: for each topic, the base has seen one advice, the
-usual advice, more often than others. The chosen answer has the usual advice in half of the pairs,
-and the rejected answer has it in the other half. So the base prefers the chosen answer in about
-half of the pairs. Only the training on the pairs changes this share.
+depend on the tone. The probability depends on the advice. For each topic, the base has seen one
+advice more often than others: the usual advice.
+
+In a pair, the chosen answer is warm, and the rejected answer is curt. The chosen answer has the
+usual advice in half of the pairs, and the rejected answer has the usual advice in the other half.
+So the base prefers the chosen answer in about half of the pairs. Only the training on the pairs
+changes this share.
 """
 
 import hashlib
@@ -368,7 +371,10 @@ def resolve_builtin(recipe: Recipe) -> Recipe:
 
 
 def builtin_remark(recipe: Recipe) -> str:
-    """Return a remark on what a run shows if it uses the built-in base or pairs; else ""."""
+    """Return a remark if the recipe uses the built-in base or pairs; else "".
+
+    The remark tells what the run shows, and what it does not show.
+    """
     is_builtin = recipe.model.model_name_or_path == BASE or recipe.data.dataset_name == PAIRS
     return REMARK if is_builtin else ""
 

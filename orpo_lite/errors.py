@@ -24,7 +24,11 @@ TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[A-Za-z0-9._-]{16,})")
 
 
 class Command(str):
-    """A fix that is a shell command. The string is a text for people. ``line`` is the command."""
+    """A fix that is a shell command.
+
+    The string is for people to read: the command, or a text with the command and advice. ``line``
+    is the command alone.
+    """
 
     __slots__ = ("line",)
     line: str
@@ -40,7 +44,7 @@ class Command(str):
 
 
 class Overrides(str):
-    """A fix that sets recipe keys. The string is a text for people."""
+    """A fix that sets recipe keys. The fix is a text for people; ``values`` has the new values."""
 
     __slots__ = ("values",)
     values: Mapping[str, Any]
@@ -61,9 +65,9 @@ class Overrides(str):
 
 
 def reworded(fix: str, text: str) -> str:
-    """Return ``fix`` with a new text. Its command or its values are kept.
+    """Return ``fix`` with a new text. The command or the values of ``fix`` are kept.
 
-    String methods such as ``replace`` return a plain string, which has no command and no values.
+    String methods such as ``replace`` return a plain string, without a command and without values.
     """
     if isinstance(fix, Overrides):
         return Overrides(fix.values, text=text)
@@ -71,9 +75,10 @@ def reworded(fix: str, text: str) -> str:
 
 
 def one_of(fixes: Iterable[str]) -> str:
-    """Join the fixes A and B to one fix with the text "A or B".
+    """Return one fix that suggests all fixes: A, B -> "A or B".
 
-    It has the values of the first fix that is :class:`Overrides`.
+    If some of the fixes are :class:`Overrides`, the result is an :class:`Overrides` with the values
+    of the first one.
     """
     options = [*fixes]
     first = next((fix for fix in options if isinstance(fix, Overrides)), "")
@@ -143,7 +148,7 @@ class CheckpointError(OrpoLiteError):
 class FitError(OrpoLiteError):
     """The machine has too little disk space or memory, or lacks a package or 4-bit support.
 
-    ``orpo-lite doctor`` also ends with this exit code if it finds a fault.
+    The exit code is 6. ``orpo-lite doctor`` also ends with 6 if a check finds a fault.
     """
 
     exit_code = 6

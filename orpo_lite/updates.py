@@ -62,8 +62,8 @@ def staged(
 def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[Update]:
     """Call a function whose failure must not stop the command.
 
-    If the function raises an error, log the traceback and yield a note. The note begins with
-    ``failed``, a text that says what failed.
+    If the function raises an error, log the traceback and yield a note. The note begins with the
+    text ``failed``, for example "result.json is not written".
     """
     try:
         function(*args)
@@ -86,7 +86,7 @@ def with_torch_defaults(
     """Decorate a command so that it runs with the default global settings of torch.
 
     A notebook may have disabled gradients, enabled autocast, or set another default dtype or
-    device. These settings are restored at each update and at the end.
+    device. At each update and at the end, the settings of the notebook are restored.
     """
 
     @wraps(command)

@@ -77,10 +77,13 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # valid values of vLLM's --max
 def not_in_vllm(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     """Return a feature of an adapter that vLLM does not support, such as "DoRA".
 
-    Return "" if vLLM supports the adapter. vLLM uses one scale, ``lora_alpha / r``, for all layers
-    of an adapter (source: vLLM's PEFTHelper). Some bases are a part of a larger model, such as the
-    language model of an image-and-text model. vLLM builds the larger model. Its layers have other
-    names than the adapter's layers.
+    Return "" if vLLM supports the adapter. The reasons for two of the features:
+
+    - Other ranks or scales for some layers: vLLM uses one scale, ``lora_alpha / r``, for all layers
+      of an adapter (source: vLLM's PEFTHelper).
+    - An adapter of a part of a larger model, such as the language model of an image-and-text model:
+      vLLM builds the larger model. The larger model's layers have other names than the adapter's
+      layers.
 
     Args:
         config: the adapter's configuration.
@@ -110,7 +113,7 @@ def vllm_rank(config: Mapping[str, Any], base: Mapping[str, Any]) -> int | None:
 
 
 def read_adapter_config(folder: Path) -> Any:
-    """Read the peft configuration of a LoRA adapter, and set it to training (not inference).
+    """Read the peft configuration of a LoRA adapter, and set ``inference_mode`` to False.
 
     Raises:
         ModelError: the configuration is invalid, the adapter is not plain LoRA, or the adapter's
@@ -171,9 +174,10 @@ def read_adapter_config(folder: Path) -> Any:
 
 
 def adopt_adapter(recipe: Recipe) -> Recipe:
-    """Replace the recipe's section lora by the values of the adapter to train further.
+    """Return the recipe with the lora settings of the adapter in model.adapter_name_or_path.
 
-    If model.adapter_name_or_path is not set, return the recipe unchanged.
+    This adapter exists already and will be trained further. If model.adapter_name_or_path is not
+    set, return the recipe unchanged.
 
     Raises:
         RecipeError: the recipe sets a key of the section lora, and the adapter has another value.

@@ -64,7 +64,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Rows:
-    """A range of rows of a tensor in a file: ``start`` to ``stop - 1``. Values are not read."""
+    """The rows ``start`` to ``stop - 1`` of a tensor in a file. The object holds no values."""
 
     stored: Stored
     start: int
@@ -118,9 +118,9 @@ def read_header(file: Path) -> list[Stored]:
 def in_blocks(stored: Stored, multiple: int | None = None) -> Iterator[Rows]:
     """Split the rows of a tensor into blocks of about 4 MiB (BLOCK), and yield the blocks.
 
-    An empty tensor gives one block. Each block except the last has a multiple of ``multiple`` rows.
-    The default is 64 rows for a matrix, else 1. With 64 rows, each block also begins at the start
-    of a bitsandbytes block, which has 64 elements.
+    An empty tensor gives one block. The number of rows of each block, except the last, is divisible
+    by ``multiple``. The default of ``multiple`` is 64 for a matrix, else 1. bitsandbytes quantises
+    groups of 64 elements. If ``multiple`` is 64, each group is inside one block.
     """
     if multiple is None:
         multiple = 64 if len(stored.shape) == 2 else 1  # a row of a 3-D tensor is a whole expert
@@ -130,7 +130,7 @@ def in_blocks(stored: Stored, multiple: int | None = None) -> Iterator[Rows]:
 
 
 def read_rows(rows: Rows) -> Tensor:
-    """Read rows into a new tensor. Raise :class:`ModelError` if the file is now too short."""
+    """Read rows into a new tensor. Raise :class:`ModelError` if the file ends before the rows."""
     stored = rows.stored
     count = (rows.stop - rows.start) * stored.row_bytes
     data = torch.empty(count, dtype=torch.uint8)
@@ -175,7 +175,7 @@ def compute_ahead(function: Callable[[Job], Made], jobs: Iterable[Job]) -> Itera
 
 
 def split_into_files(tensors: Iterable[Stored], most: int) -> list[list[Stored]]:
-    """Distribute tensors over files of at most ``most`` bytes. Return a list of tensors per file.
+    """Distribute tensors over files of at most ``most`` bytes. Return one list for each file.
 
     The order of the tensors is kept. A tensor of more than ``most`` bytes gets its own file.
     """

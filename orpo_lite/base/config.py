@@ -95,7 +95,9 @@ def read_sizes(folder: Path) -> dict[str, Any]:
 def refuse_adapter(path: Path, name: str) -> None:
     """Raise :class:`ModelError` if a folder holds an adapter instead of a base.
 
-    The error's fix sets two recipe keys: the adapter, and the base that its configuration names.
+    The fix of the error sets two recipe keys. The key of the adapter is set to ``name``, and the
+    key of the base is set to the base that the adapter's configuration names. If the configuration
+    names no base, there is no fix.
     """
     file = path / "adapter_config.json"
     if not file.is_file():

@@ -43,9 +43,10 @@ UNREACHABLE = (HTTPError, OSError, ValueError)
 
 
 def resolve(name: str, revision: str, patterns: list[str]) -> str:
-    """Check the access to a hub repository and the free disk space. Return the commit's hash.
+    """Return the hash of the commit that ``revision`` names in a hub repository.
 
-    If the hub cannot be reached, return the commit of the copy in the cache.
+    Check that the repository can be read, and that the disk has space for the missing files. If the
+    hub cannot be reached, return the commit hash of the copy in the cache.
 
     Args:
         name: owner/name of the repository.
@@ -231,7 +232,7 @@ def manual_download(name: str, revision: str) -> str:
 def check_disk(folder: Path, needed: int, purpose: str) -> None:
     """Raise :class:`FitError` if the disk of a folder has fewer than ``needed`` free bytes.
 
-    The folder may not exist yet. ``purpose`` names the task that needs the space, for the message:
+    The folder may not exist yet. The error shows ``purpose``, the task that needs the space:
     "downloading org/model".
     """
     while not folder.exists():

@@ -113,10 +113,10 @@ def fetch_weights(base: Base) -> Base:
 
 
 def is_wrapper(config: Any) -> bool:
-    """Return True if the base's files hold a larger model than the part that is trained.
+    """Return True if the base's files hold more than the part of the model that is trained.
 
-    Example: of a model with an image encoder, only the language model is trained. Its layers have
-    longer names in the files than in the trained part.
+    Example: the files hold an image encoder and a language model. Only the language model is
+    trained. Its layers have longer names in the files than in the trained part.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -125,7 +125,7 @@ def is_wrapper(config: Any) -> bool:
 
 
 def changes_frequencies(config: Any, max_length: int) -> bool:
-    """Return True if the rotary frequencies change with the length, up to ``max_length`` tokens.
+    """Return True if rotary frequencies differ between sequences of up to ``max_length`` tokens.
 
     The rope types dynamic and longrope use other frequencies for a sequence that is longer than the
     model's original maximum.
@@ -145,8 +145,10 @@ def changes_frequencies(config: Any, max_length: int) -> bool:
 def find_config(name: str, revision: str) -> Any:
     """Return the transformers configuration of a base in a folder or on the hub.
 
-    The bases of the shipped recipes need no request to the hub: their configurations are in this
-    package's bases.json. Raises the same errors as :func:`find_base`.
+    The configurations of the shipped recipes' bases are in this package's bases.json. For revision
+    "main" of such a base, no request to the hub is needed.
+
+    Raises the same errors as :func:`find_base`.
     """
     from transformers import AutoConfig
 
@@ -189,9 +191,9 @@ def weight_files(path: Path) -> list[Path]:
 def fingerprint(path: Path) -> str:
     """Return a hash of a base: of its config.json and of samples of each weight file.
 
-    The samples of a weight file are its name, its size, its first and last MiB, and 16 blocks of
-    1 MiB between them. Reading a whole 7B base from a slow disk would take a minute. Samples are
-    enough, because fine-tuning changes every block of a tensor.
+    The samples of a weight file are its name, its size, its first MiB, its last MiB, and 16
+    blocks of 1 MiB between the first and the last. Reading a whole 7B base from a slow disk would
+    take a minute. Samples are enough, because fine-tuning changes every block of a tensor.
     """
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in weight_files(path):
@@ -248,7 +250,8 @@ def check_targets(recipe: Recipe, base: Base) -> None:
 def check_embedding(recipe: Recipe, config: Any) -> None:
     """Raise :class:`RecipeError` if memory.embedding_on_cpu is true and the embedding is tied.
 
-    A tied embedding has the same weights as the output head, so it cannot move to the CPU.
+    A tied embedding has the same weights as the output head, so the embedding cannot move to the
+    CPU.
     """
     if recipe.memory.embedding_on_cpu is True and config.get_text_config().tie_word_embeddings:
         raise RecipeError(
@@ -263,9 +266,10 @@ def load_tokenizer(path: Path) -> Any:
     """Return the tokenizer of a base or adapter folder, exactly as tokenizer.json defines it.
 
     Some tokenizer classes of transformers read only the vocabulary from tokenizer.json and build
-    the rest themselves. The class is replaced by one that reads the whole file in three cases: its
-    tokenizer differs from the file, it is a slow tokenizer, or it raises an error. The attribute
-    ``replaced`` of the result holds the reason, or "" if the class was not replaced.
+    the rest of the tokenizer themselves. In three cases, PreTrainedTokenizerFast replaces the
+    class, because it reads the whole file: the tokenizer of the class differs from the file, the
+    class is a slow tokenizer, or the class raises an error other than OSError and ValueError. The
+    attribute ``replaced`` of the result holds the reason, or "" if the class was not replaced.
 
     Raises:
         ModelError: the tokenizer cannot be loaded.

@@ -1,8 +1,8 @@
 """Run the command line: read the arguments, call the package, print the result.
 
-A module imports only modules that come before it in this list. Import order: console, data_view,
-doctor_view, plan_view, progress, finish, quiet, completion, chat_loop, app; further modules come
-last. They define commands, and do not import each other.
+Import order: console, data_view, doctor_view, plan_view, progress, finish, quiet, completion,
+chat_loop, app; further modules define commands, such as train_command. A module of the list imports
+only modules that come before it in the list. The modules with commands do not import each other.
 """
 
 # Importing one of these modules adds its commands to the application.

@@ -160,7 +160,7 @@ def choose_recipe(
         name: the value of ``--recipe``.
         resume: the value of ``--resume``: a run folder.
         overrides: the texts ``section.key=value``.
-        command: the command of orpo-lite that the fixes in errors show.
+        command: the orpo-lite command that errors show, such as plan.
 
     Raises:
         RecipeError: no recipe is given, or the recipe or an override is wrong.

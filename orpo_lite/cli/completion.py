@@ -10,7 +10,7 @@ TARGETS = ("gguf", "ollama", "vllm")
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Return the shipped recipes and the .yaml files that begin with ``incomplete``."""
+    """Return names that begin with ``incomplete``: shipped recipes and .yaml files."""
     from orpo_lite.recipe.reader import shipped_recipes
 
     names = [*shipped_recipes(), *_paths(incomplete, "*.yaml")]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_memory_settings(recipe: "Recipe") -> None:
-    """Print how a step runs with the keys of ``memory``, which do not change the step's result."""
+    """Print how a step runs with the ``memory`` settings. The settings do not change results."""
     from orpo_lite.recipe.schema import PLANNED_SETTINGS
 
     memory = recipe.memory.unplanned()

@@ -9,19 +9,19 @@ from typing import Any
 
 
 def hush() -> None:
-    """Make libraries print only errors. Use it in a command that does not import torch.
+    """Make libraries print only errors, in a command that does not import torch.
 
-    Otherwise libraries print a message for each attempt to reach the hub. A command that imports
-    torch uses :func:`quiet`.
+    Without this call, libraries print a message for each attempt to reach the hub. A command that
+    imports torch uses :func:`quiet` instead.
     """
     for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def is_first_process() -> bool:
-    """Return True in the first process of `accelerate launch`, and without `accelerate launch`.
+    """Return True in the first process of `accelerate launch`. Only this process prints.
 
-    Only the first process prints.
+    Without `accelerate launch`, the result is True.
     """
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 

@@ -8,7 +8,7 @@ A cache entry holds one split. It is a folder with these files:
 - ``pairs.bin``: one PAIR record per pair, with its lengths and the hash of its prompt
 - ``places.txt``: one line per pair, with the place of its row, such as pairs.csv:3
 - ``entry.json``: facts found during tokenization, the sha256 of these facts, and the sha256 of each
-  other file. This file is written last.
+  of the three files above. ``entry.json`` is written last.
 
 The key of an entry is a hash of everything that changes the tokens, including this package's code.
 If there are more than MAX_ENTRIES entries, the least recently used ones are removed.
@@ -213,9 +213,10 @@ class Writer:
 
 
 def make_key(**parts: Any) -> str:
-    """Return the key of an entry: a hash of ``parts``, this package's code and LIBRARIES' versions.
+    """Return the key of a cache entry. The key is a hash.
 
-    The key changes if any of these changes.
+    The key depends on ``parts``, on the code in ``data/`` and in ``base/find.py``, and on the
+    versions of the packages in LIBRARIES.
     """
     parts |= {"code": _code(), "versions": {name: version(name) for name in LIBRARIES}}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -262,8 +263,8 @@ def configured_folder() -> Path:
 def cache_folder() -> Path:
     """Return the cache folder that this process uses.
 
-    Usually this is :func:`configured_folder`. If that folder is not writable, a temporary folder is
-    used. It is deleted when the process ends.
+    Usually this is :func:`configured_folder`. If that folder is not writable, the result is a
+    temporary folder. The temporary folder is deleted when the process ends.
     """
     folder = configured_folder()
     try:
@@ -295,7 +296,7 @@ def load(key: str) -> TokenizedPairs | None:
 
 @contextmanager
 def locked(key: str) -> Iterator[None]:
-    """Lock a key during the ``with`` block, so that only one process writes its entry.
+    """Lock a key during the ``with`` block, so that only one process writes the entry of the key.
 
     Other processes wait for the lock.
     """

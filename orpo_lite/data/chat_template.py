@@ -74,15 +74,15 @@ class Template:
 
     @cached_property
     def layouts(self) -> dict[tuple[str, ...], Layout | None]:
-        """Layouts found so far: sequence of roles, such as (user, assistant, user) -> layout."""
+        """The layouts found so far, by sequence of roles, such as (user, assistant, user)."""
         return {}
 
     @cached_property
     def special(self) -> re.Pattern[str]:
         """A pattern that matches the special tokens that no message may contain.
 
-        These are ``named_tokens``, tokens that the template writes, and tokens that end a turn or a
-        text. Other special tokens, such as <think>, are allowed in messages.
+        There are three kinds: ``named_tokens``; tokens that the template writes; tokens that end a
+        turn or a text. Other special tokens, such as <think>, are allowed in messages.
         """
         if self.text is None:
             return _any_of(self.special_tokens)
@@ -150,7 +150,7 @@ Rendered = PairTexts | str | OrpoLiteError
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Template:
-    """Return the template that data.chat_template selects. Set it in the tokenizer, for saving.
+    """Return the template of data.chat_template. Store the template in the tokenizer, for saving.
 
     Raises RecipeError for unusable settings, ModelError if eos or a default template is missing.
     """
@@ -230,7 +230,7 @@ def template_file(choice: str) -> str:
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the tokenizer's eos token. Raises ModelError if it has none."""
+    """Return the id of the tokenizer's eos token. Raises ModelError if there is no eos token."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             where="tokenizer",
@@ -252,13 +252,13 @@ def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]
 
 
 def special_in(texts: Iterable[str], special: re.Pattern[str]) -> str:
-    """Return why a pair is left out if a text contains a ``special`` token; "" if none does."""
+    """Return "" if no text has a ``special`` token, else the reason to leave out the pair."""
     found = next(filter(None, map(special.search, texts)), None)
     return f"{SPECIAL}: {found.group()}" if found else ""
 
 
 def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
-    """Render a pair, or return the reason to leave it out. Raises ModelError and DataError."""
+    """Render a pair, or return why the pair is left out. Raises ModelError and DataError."""
     if template.text is None:
         return _joined(pair, template.special)
     # A special token in a text would end the response too early or begin another turn.

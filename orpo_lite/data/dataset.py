@@ -66,8 +66,8 @@ def tokenized(
 ) -> Generator[tuple[int, int], None, TokenizedPairs]:
     """Yield progress as (rows read, total rows); finally return one tokenized split.
 
-    If the cache holds the split, it is read from the cache. Otherwise, it is tokenized and added to
-    the cache. The total is 0 if it is unknown.
+    If the split is in the cache, the tokens are read from the cache. Otherwise, the split is
+    tokenized and added to the cache. If the number of rows is unknown, the total is 0.
 
     Args:
         data: the settings.

@@ -191,8 +191,8 @@ def nll_tokens(pair: TokenizedPair, *, completion_only_loss: bool) -> int:
 def epoch_order(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
     """Return a shuffle of ``range(count)`` that depends only on seed and epoch.
 
-    The indices are sorted by a hash. A random generator is not used, because it has a state, and
-    because a new version of its library may give another order.
+    The indices are sorted by a hash. No random generator is used: a generator has a state, and a
+    new version of the generator's library may give another order.
     """
 
     def rank(index: int) -> bytes:
@@ -202,7 +202,7 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:
-    """Return the number of optimizer steps for ``count`` pairs. The last may have fewer pairs."""
+    """Return how many optimizer steps ``count`` pairs need. The last step may have fewer pairs."""
     return math.ceil(count / global_batch_size)
 
 
@@ -244,14 +244,15 @@ def micro_batches(
 ) -> list[list[int]]:
     """Return the micro-batches that one process runs in a step, as lists of indices into ``pairs``.
 
-    Packed pairs are placed by first-fit decreasing bin packing, so that there are few passes.
-    Padded pairs are grouped by length. The result depends only on the arguments.
+    Packed pairs are placed by first-fit decreasing bin packing, so that a step has few
+    micro-batches. Padded pairs are grouped by length. The result depends only on the arguments.
 
     Args:
         pairs: all pairs of the step.
         batching: the settings.
         rank: the number of the process, from 0.
-        world: the number of processes. Each one gets every ``world``-th pair.
+        world: the number of processes. Each process gets every ``world``-th pair: the process with
+            rank 1 of 4 gets the pairs 1, 5, 9.
     """
     share = range(len(pairs))[rank::world]
     if not batching.packed:
@@ -282,7 +283,7 @@ def micro_batches(
 def packed_tokens(pair: TokenizedPair, *, share: bool) -> int:
     """Return how many tokens a pair has in a packed row.
 
-    ``share``: if True, the common prefix counts only once.
+    ``share``: if True, the common prefix of chosen and rejected counts only once.
     """
     total = len(pair.chosen_ids) + len(pair.rejected_ids)
     if not share:

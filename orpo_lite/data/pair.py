@@ -105,7 +105,8 @@ class TokenizedPair:
 def common_prefix(one: NDArray[numpy.int32], other: NDArray[numpy.int32]) -> int:
     """Return the number of tokens that two sequences share at their start.
 
-    These are the tokens of the prompt. If both replies begin with the same tokens, these count too.
+    The tokens of the prompt are counted. If both replies begin with the same tokens, these tokens
+    are counted too.
     """
     shorter = min(len(one), len(other))
     differ = (one[:shorter] != other[:shorter]).nonzero()[0]

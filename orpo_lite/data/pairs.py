@@ -49,7 +49,7 @@ ALLOWED_BAD_ROWS = 3  # rows with errors that are always allowed, whatever data.
 
 
 class Drops:
-    """Count the pairs left out for each reason, and keep the places of the first ones."""
+    """Count the pairs left out for each reason, and keep the places of the first of these pairs."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -79,10 +79,10 @@ class Drops:
 class PairReader:
     """Iterate over the pairs of one split. The attributes hold counts and facts about the pairs.
 
-    If the format of a dataset is unknown, DataError is raised before its first pair. After the last
-    pair, DataError is raised if files had errors, if a dataset has more bad rows than
-    data.max_bad_rows allows, or if no pair is left. Only the first ``data.max_samples`` rows of
-    each dataset are read. Rows that are left out count too.
+    If a dataset has an unknown format, DataError is raised before the dataset's first pair. After
+    the last pair, DataError is raised if files had errors, a dataset has more bad rows than
+    data.max_bad_rows allows, or no pair is left. ``data.max_samples`` limits the rows read from
+    each dataset. Rows that are left out count too, except rows that cannot be parsed.
     """
 
     def __init__(self, data: DataSection, sources: Sequence[Source]) -> None:
@@ -128,9 +128,9 @@ class PairReader:
             self.drops.raise_nothing_left(", ".join(source.name for source in self.sources))
 
     def find(self, place: str) -> tuple[Pair, str | None]:
-        """Return the pair at a place such as pairs.csv:3, and the reason to leave it out or None.
+        """Return the pair at ``place``, and the reason to leave out this pair (None: no reason).
 
-        ``place`` may have more or fewer folders in front. Raises DataError unless one row matches.
+        x/p.csv:3 finds p.csv:3. p.csv:3 finds x/p.csv:3. Raises DataError if none or several match.
         """
         faults: list[DataError] = []
         ends_of_place: list[Pair] = []

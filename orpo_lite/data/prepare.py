@@ -1,4 +1,4 @@
-"""Prepare the data of a recipe: tokenized training and held-out pairs, and their figures."""
+"""Tokenize the training and held-out pairs of a recipe, and compute the figures of data.json."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
@@ -43,9 +43,11 @@ def tokenized_splits(
 ) -> Generator[Update, None, tuple[TokenizedPairs, TokenizedPairs, dict[str, Any]]]:
     """Yield progress; finally return the tokenized training and held-out pairs, and their figures.
 
+    The figures are the content of data.json: see :func:`orpo_lite.data.statistics.figures`.
+
     If there is no held-out dataset, some prompts of the training dataset are held out, each with
-    all its pairs. They are selected after all filters. If the same rows were tokenized before with
-    the same template, limits and tokenizer, their tokens are read from the cache.
+    all its pairs. These prompts are selected after all filters. If the same rows were tokenized
+    before with the same template, limits and tokenizer, the tokens are read from the cache.
     """
     folder = cache_folder()
     if folder != configured_folder():
@@ -97,9 +99,9 @@ def _tokenize_split(
 
 
 def figure_updates(found: Mapping[str, Any]) -> Iterator[Update]:
-    """Yield the figures that a person must see before training, as notes.
+    """Yield notes with those figures that a person must see before the training.
 
-    ``found``: the figures, see :func:`orpo_lite.data.statistics.figures`.
+    ``found``: all figures, see :func:`orpo_lite.data.statistics.figures`.
     """
     for sentence in (*found["format"], found["chat_template"], found["tokenizer"]):
         if sentence:

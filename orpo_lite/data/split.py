@@ -130,7 +130,7 @@ def hold_out(
     the result does not depend on the order of the rows.
 
     Args:
-        pairs: the pairs. Filter them before, so that a later filter cannot empty a split.
+        pairs: the pairs, already filtered. A later filter could remove all pairs of a split.
         prompts: for each pair, the key of its prompt (:func:`prompt_key`).
         size: if below 1, the share of prompts to hold out. Otherwise the number of pairs to hold
             out. All pairs of a prompt stay together, so a few more pairs may be held out.

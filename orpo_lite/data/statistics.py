@@ -39,15 +39,18 @@ SHUFFLES = 20
 def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     """Return the content of data.json. Shares are from 0 to 1, and lengths are in tokens.
 
-    - format: for each dataset, a sentence with its format and the reason
-    - columns: for each dataset, its format, the columns that are read, and the other columns
+    - format: for each dataset, a sentence with the format, and the reason for this format
+    - columns: for each dataset, this sentence, the columns that are read, and the other columns
     - rows_of_sets: for each training dataset, the number of rows read
-    - hints: fixes. The keys are keys of WARNINGS and reasons in dropped
-    - dropped: for each reason, the number of pairs left out and the first places
-    - tokens: quantiles of lengths. Responses are measured before the cut, with their end token
+    - dropped: reason -> the number of pairs left out, and the places of the first of these pairs
+    - hints: a key of WARNINGS or a reason in ``dropped`` -> its fix
+    - tokens: quantiles of lengths. A response is measured with its end token, before
+      data.max_length cuts it
     - cut: the number and the share of pairs and responses that data.max_length cuts
-    - chosen_longer, rejected_longer: the share of pairs in which this response is the longer one
-    - prompts: the number of different prompts in each split, and of those in both splits (shared)
+    - chosen_longer: the share of pairs whose chosen response is longer than the rejected response
+    - rejected_longer: the share of pairs whose rejected response is longer than the chosen response
+    - prompts: the number of different prompts in the training split, in the held-out split, and
+      in both splits (key ``shared``)
     - step: the mean number of tokens per pair that go through the model: with padding, without
       padding, and with a shared prompt
     - sha256: a hash of the content and the order of the pairs
@@ -100,7 +103,8 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
 def warning_lines(found: Mapping[str, Any]) -> list[str]:
     """Return a line for each key of WARNINGS whose count in ``found`` is not 0.
 
-    A line has the meaning, the count, and the fix if there is one.
+    A line shows the text of WARNINGS for the key, and the count. If ``found`` has a fix for the
+    key, the line shows the fix too.
     """
     pairs = found["train_pairs"] + found["held_out_pairs"]
     lines = []
@@ -124,11 +128,11 @@ def _unique_values(values: Iterable[Any]) -> list[Any]:
 
 
 def response_lengths(columns: Mapping[str, NDArray[Any]], reply: str) -> NDArray[Any]:
-    """Return the number of tokens of each pair's response before the cut at data.max_length.
+    """Return the number of tokens of each pair's response, before data.max_length cuts tokens off.
 
     Args:
-        columns: field of the PAIR record -> its values for all pairs.
-        reply: which response: chosen or rejected.
+        columns: field of the PAIR record -> values of this field for all pairs.
+        reply: ``chosen`` or ``rejected``.
     """
     tokens, cut, start = (columns[f"{reply}_{name}"] for name in ("tokens", "cut", "start"))
     lengths: NDArray[Any] = tokens + cut - start

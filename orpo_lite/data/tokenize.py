@@ -70,17 +70,24 @@ def end_token_id(renderer: Renderer, tokenizer: PreTrainedTokenizerBase) -> int:
 def tokenize_pairs(
     pairs: Iterable[Pair], renderer: Renderer, tokenizer: PreTrainedTokenizerBase, data: DataSection
 ) -> Iterator[tuple[Pair, TokenizedPair | str]]:
-    """Yield each pair in order, with its tokens or with the reason to leave it out.
+    """Yield each pair in order, with its tokens or with the reason to leave the pair out.
 
-    Prompt and response are tokenized together as one text, as in generation. If a token contains
-    characters of both, it belongs to the response. Exception: a prompt token with ``rstrip``, which
-    absorbs the spaces that follow, stays in the prompt. While this function assembles one batch,
-    the next batch is tokenized (on all cores), and the batch after that is rendered.
+    Prompt and response are tokenized together as one text, as in generation. A token with
+    characters of both prompt and response belongs to the response. There is one exception: a token
+    with ``rstrip`` also contains the white space that follows the token. If the token contains
+    nothing else of the response, the token belongs to the prompt.
 
-    A pair is left out if the template raises an error for it. Raises ModelError if the tokenizer is
-    slow (it reports no offsets), if the template fails on a plain question, or if the template
-    exceeds its limits. With data.chat_template=none, a row with a conversation is an error. A
-    DataError after the last pair lists all these rows.
+    Three batches are processed at the same time: this function assembles one batch, the next batch
+    is tokenized (on all cores), and the batch after that is rendered.
+
+    A pair is left out if the template raises an error for the pair. If the template exceeds its
+    limits for a row, or if a row has a conversation without a template, the row is a fault. After
+    the last pair, one error shows the number of faults and the first twenty faults.
+
+    Raises:
+        ModelError: the tokenizer is slow (it reports no offsets), the template fails on a plain
+            question, or the template exceeds its limits.
+        DataError: a row has a conversation, but data.chat_template is none.
     """
     if not tokenizer.is_fast:
         raise ModelError(
@@ -258,9 +265,9 @@ def show_texts(
 ) -> dict[str, list[Segment]]:
     """Return the text segments of chosen and rejected, for display.
 
-    The text is decoded from the tokens. So a person can see what the tokenizer changes: it may, for
-    example, lose the case or unknown characters. ``end``: the id of the end token
-    (:func:`end_token_id`).
+    The text is decoded from the tokens. So a person can see what the tokenizer changes. For
+    example, a tokenizer may change capital letters to small letters, or drop unknown characters.
+    ``end`` is the id of the end token (:func:`end_token_id`).
     """
     encoded = _encode([texts.prompt + texts.chosen, texts.prompt + texts.rejected], tokenizer)
     ends = _sequence_ends(tokenizer, end)

@@ -21,10 +21,10 @@ def used_device() -> "torch.device":
 
 
 def check_four_bit() -> Iterator[Check]:
-    """Compare two products with a 4-bit matrix: one by bitsandbytes, one by torch.
+    """Multiply by a 4-bit matrix with bitsandbytes and with torch, and compare the two products.
 
-    For the second product, torch unpacks the 4-bit numbers. So a wrong kernel of bitsandbytes
-    changes only the first product, and the two products differ.
+    For torch's product, torch also unpacks the 4-bit numbers. So a wrong kernel of bitsandbytes
+    changes only the product of bitsandbytes, and the two products differ.
     """
     import bitsandbytes as bnb
     import torch

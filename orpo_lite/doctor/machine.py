@@ -185,7 +185,10 @@ def check_host_memory() -> Iterator[Check]:
 
 
 def free_ram() -> int:
-    """Return the free bytes of RAM, at most those that the container's memory limit leaves."""
+    """Return the free bytes of RAM.
+
+    If the container has a memory limit, return at most the limit minus the memory in use.
+    """
     text = Path("/proc/meminfo").read_text(encoding="ascii")
     found = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
     free = 1024 * int(found[1]) if found else 0

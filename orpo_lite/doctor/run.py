@@ -37,7 +37,7 @@ CHECKS: list[tuple[str, Callable[[], Checks], float]] = [
 def doctor(recipe: Recipe | None = None) -> list[Check]:
     """Check this machine, and whether it can train ``recipe``.
 
-    Weights and datasets are not downloaded. The base's config.json may be.
+    Weights and datasets are not downloaded. The base's config.json may be downloaded.
     """
     return run_to_end(doctor_events(recipe), lambda _: None)
 
@@ -58,7 +58,7 @@ def doctor_events(recipe: Recipe | None = None) -> Generator[Update, None, list[
 def check_recipe(recipe: Recipe, *, is_online: bool) -> Iterator[Check]:
     """Check that the recipe fits this machine, and that its base and data can be read.
 
-    A base or dataset that is not on this machine is not downloaded. The hub must then be reachable.
+    A base or dataset that is only on the hub is not downloaded, but the hub must be reachable.
 
     ``is_online``: True if the hub answers or HF_HUB_OFFLINE is set.
     """

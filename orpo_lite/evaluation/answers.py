@@ -1,7 +1,7 @@
 """Answer a file of prompts, and write the answers in the format that a grader reads.
 
-If the command is stopped, the same command continues after the answers that it has already. If the
-file of answers is finished, the same command does nothing.
+If a command was stopped, run the same command again. The finished answers are kept, and the other
+prompts are answered. If the file of answers is finished, the same command does nothing.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ MT_BENCH_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humaniti
 
 @dataclass(frozen=True)
 class Question:
-    """One row of the prompts file: the user's turns, and the messages before the first turn."""
+    """One row of the prompts file: the user turns to answer, and the earlier messages."""
 
     row: Mapping[str, Any]
     before: tuple[Message, ...]
@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True)
 class GraderFormat:
-    """A grader's format: how prompts are read, and the defaults for answering them."""
+    """The format of a grader, such as MT-Bench: how to read questions, and defaults for answers."""
 
     read: Callable[[Mapping[str, Any]], Question | None]
     """Return the question of a row, or None if the row has another form."""
@@ -111,7 +111,7 @@ both to the author of the model."""
 
 @dataclass(frozen=True)
 class Task:
-    """Checked prompts, and the model that answers them. Its weights are not loaded yet."""
+    """Checked prompts, and the model that will answer. The model's weights are not loaded yet."""
 
     found: FoundModel
     grader: str
@@ -133,15 +133,16 @@ class Task:
 
     @property
     def progress(self) -> Path:
-        """The hidden file with the key and the answers so far.
+        """The path of the hidden file, which holds :attr:`key` and the answers so far.
 
-        At the end it keeps the key and the hash of the file of answers.
+        When the command is finished, all answers are in the file :attr:`to`. The hidden file then
+        holds only :attr:`key`, the time of the first start, and the hash of the file :attr:`to`.
         """
         return self.to.with_name(f".{self.to.name}.progress")
 
     @property
     def is_finished(self) -> bool:
-        """True if the same command has written the file of answers, and nobody changed it."""
+        """True if the answer file is unchanged since a command with an equal ``key`` wrote it."""
         head = _read_progress(self.progress)[0]
         return head.get("key") == self.key and _is_result(self.to, head)
 
@@ -192,9 +193,8 @@ def prepare_answers(
 
     Raises:
         RecipeError: the format is unknown; a value is out of range; ``to`` is missing for a model
-            that is not a run; or ``to`` holds, or an unfinished command began it with, answers of
-            another command.
-        DataError: the prompts cannot be read, or have another form.
+            that is not a run; or another command wrote or began the file ``to``.
+        DataError: the prompts cannot be read, or a row has another form.
         OrpoLiteError: the model cannot be found; see
             :func:`orpo_lite.evaluation.open_run.find_model`.
     """
@@ -294,7 +294,7 @@ def check_decoding(max_new_tokens: int | None, temperature: float | None) -> Non
 
 
 def read_questions(path: Path, grader: str) -> list[Question]:
-    """Return the questions in a file. Raise one :class:`DataError` for all wrong rows."""
+    """Return the questions in a file. Raise a single :class:`DataError` for all wrong rows."""
     if not path.is_file():
         raise DataError(
             where=f"--prompts {path}", found="no such file", expected="a file of prompts"
@@ -331,10 +331,12 @@ def write_answers(task: Task) -> Generator[Update, None, Answers]:
     """Answer the prompts of a task, and at the end write the file of answers atomically.
 
     During the task, the finished answers are in a hidden file in the same folder. If the command is
-    stopped, run it again: it continues after these answers, and writes the same file as a command
-    that was not stopped. A sampled answer depends on :data:`SEED` and its own prompt. If the
-    template cannot render a prompt, or the prompt is too long for the model, the answer is empty,
-    because a grader expects an answer to each prompt. A note tells how many answers are empty.
+    stopped, run the command again. The second command continues after the finished answers. It
+    writes the same file as a command that was not stopped.
+
+    A sampled answer depends on :data:`SEED` and on its own prompt. The answer is empty if the
+    template cannot render the prompt, or if the prompt is too long for the model. Empty answers are
+    written too, because a grader expects an answer to each prompt. A note tells their number.
     """
     if task.is_finished:
         yield Update("note", f"{task.to} has all answers already")

@@ -89,7 +89,7 @@ class Chart:
         return f"{value:.3g}".replace("-", "\u2212") if value < 0 else f"{value:.3g}"
 
     def summary(self) -> list[str]:
-        """Return one sentence for each line: its first, last and extreme values."""
+        """Return a sentence for each line (first, last and extreme values) and for ``level``."""
         sentences = []
         for line in self.lines:
             values, width = line.smooth
@@ -114,8 +114,9 @@ class Chart:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the header and the rows of a table with some of the drawn values.
 
-        Each row is a step. If there are 1 to ``2 * TABLE_ROWS`` held-out evaluations, the rows are
-        their steps and the first and last step. Otherwise the rows are evenly spaced steps.
+        Each row is a step. If there are 1 to ``2 * TABLE_ROWS`` held-out evaluations, the table has
+        the step of each evaluation, the first step and the last step. If there are none or more,
+        the table has at most ``TABLE_ROWS`` evenly spaced steps.
         """
         steps = sorted({step for line in self.lines for step in line.steps})
         picked = np.unique(np.linspace(0, len(steps) - 1, min(TABLE_ROWS, len(steps))).astype(int))
@@ -132,8 +133,9 @@ class Chart:
 def extremes(steps: Sequence[int], values: Sequence[float] | Array) -> tuple[Array, Array]:
     """Return the steps and values of a line, with fewer points if it is long.
 
-    A line of more than ``2 * DRAWN`` points is divided into parts. The lowest and highest point of
-    each part are kept, and the first and last point of the line. A gap in the line is kept too.
+    A line of more than ``2 * DRAWN`` points is divided into parts. The first and the last point of
+    the line are kept. In each part, the lowest point, the highest point and the first point without
+    a finite value are kept. So a gap in the line is kept too.
     """
     x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
     if len(x) <= 2 * DRAWN:
@@ -150,7 +152,7 @@ def extremes(steps: Sequence[int], values: Sequence[float] | Array) -> tuple[Arr
 
 
 def draw(chart: Chart) -> str:
-    """Return a chart as an ``svg`` element. The element has no size, because the page sets it."""
+    """Return a chart as an ``svg`` element. The element has no size: the page sets the size."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -28,14 +28,15 @@ class Speaker:
 class Chat(AbstractContextManager["Chat"]):
     """A conversation: keeps the history and streams the answers. Use it as a context manager.
 
-    With ``compare``, first the base and then the tuned model answers each turn of the user. The
-    weights are loaded once. Each of the two models sees only its own earlier answers.
+    With ``compare``, each turn of the user gets two answers: the first from the base, the second
+    from the tuned model. The weights are loaded once. The base does not see the earlier answers of
+    the tuned model, and the tuned model does not see the earlier answers of the base.
 
     Args:
         opened: the model.
         compare: let the base answer too.
         system: the system text; "" for none.
-        decoding: how answers are chosen. The same turns always have the same answers.
+        decoding: how the tokens of an answer are chosen. Equal turns always get equal answers.
 
     Raises:
         RecipeError: ``compare`` is set, but the model has no adapter.
@@ -67,13 +68,13 @@ class Chat(AbstractContextManager["Chat"]):
             speaker.history.clear()
 
     def prompt(self, speaker: Speaker, text: str) -> tuple[list[int], int]:
-        """Return the prompt's tokens for a turn of the user, and the number of removed old turns.
+        """Return the tokens of a prompt with the turn ``text``, and the number of removed turns.
 
-        If there is too little room for an answer, the oldest turns and their answers are removed
-        from the history.
+        ``text`` is the new turn of the user. If there is too little room for an answer, the oldest
+        turns of the user and their answers are removed from the history.
 
         Raises:
-            DataError: the template cannot render the turns, or this turn alone is too long.
+            DataError: the template cannot render the turns, or ``text`` alone is too long.
         """
         free = min(self.decoding.max_new_tokens, int(RESERVED * self.answerer.positions))
         dropped = 0

@@ -4,12 +4,12 @@ Reward accuracy decides whether a model is better, because it is the only metric
 counts the same. Margin and log odds also rise if a model becomes surer of pairs that it already
 ranked correctly. The NLL ignores the rejected replies.
 
-ORPO trains the log odds, but they do not decide. They change the outcome to "cannot tell" if the
-differences in log odds and in accuracy are both clear (their intervals exclude 0) and have opposite
-signs. If only the difference in log odds is clear, the text says so.
+ORPO trains the log odds, but the log odds do not decide. A difference is clear if its interval
+excludes 0. If the differences in log odds and in accuracy are both clear and have opposite signs,
+the outcome is "cannot tell". If only the difference in log odds is clear, the text says so.
 
-Because one metric decides, two equal models are called different in 5% of the cases, as a 95%
-interval promises.
+Only reward accuracy can decide. So if two models are equal, the outcome is "better" or "worse" in
+at most 5% of the cases: the error rate of a 95% interval.
 """
 
 import math
@@ -48,7 +48,10 @@ Means = dict[str, Mean]
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of one model, or their differences between two models, with 95% intervals."""
+    """The metrics of one model, or differences between the metrics of two models.
+
+    Each value has a 95% interval.
+    """
 
     accuracy: Interval
     """Share of pairs whose chosen reply has the higher mean log-probability. A tie does not count
@@ -118,7 +121,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class LengthRule:
-    """How often a rule that always prefers the longer reply is right."""
+    """The accuracy of a rule that prefers the longer reply of every pair."""
 
     accuracy: float | None
     """Share of ``pairs`` whose chosen reply is the longer one. None if there are no such pairs."""
@@ -203,9 +206,10 @@ def compare(
 
 
 def name_pairs(data: DataSection, *, is_test: bool) -> str:
-    """Return the name of scored pairs: ``pairs.jsonl``, or ``owner/name, split test``.
+    """Return a name of the scored pairs: ``pairs.jsonl``, or ``owner/name, split test``.
 
-    ``is_test``: the pairs are the test split of the recipe, if it names one.
+    ``is_test``: True if the pairs are held out. If the recipe has a test split, the name of
+    held-out pairs includes this split. If this split is a path, the result is only the path.
     """
     names, split = ", ".join(data.names), data.dataset_test_split
     if split is None or not is_test:

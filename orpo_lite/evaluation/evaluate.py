@@ -73,8 +73,8 @@ def evaluate(
 
     Raises:
         RecipeError: there are no pairs to score, or a text in ``data`` is not ``data.key=value``.
-        CheckpointError: a run is not finished, its data changed, or no pair fits all models. Or
-            ``against`` is ``"base"`` and a model has no adapter.
+        CheckpointError: a run is not finished, the data of a run changed, no pair fits all models,
+            or ``against`` is ``"base"`` although a model has no adapter.
         FitError: the GPU has too little memory.
         OrpoLiteError: a model or the data cannot be read.
     """

@@ -16,8 +16,9 @@ ENOUGH = 0.9  # a smaller share of the gain is worth a warning
 class Kept:
     """The share of the trained adapter's gain that a model keeps.
 
-    A model's gain is its mean log odds ratio of chosen to rejected replies (Eq. 5 of the ORPO
-    paper) minus the base's. The trained adapter is scored on the base of the training.
+    The gain is a model's mean log odds ratio of chosen to rejected replies (Eq. 5 of the ORPO
+    paper), minus the mean log odds ratio of the base. The trained adapter's gain is measured on the
+    base of the training.
     """
 
     model: str
@@ -29,7 +30,7 @@ class Kept:
 
     @property
     def is_enough(self) -> bool:
-        """True if the model keeps at least 90% of the gain, or if the share is not known."""
+        """True if ``share`` is at least 90%, or if the share is not known."""
         return not self.is_known or self.share.value is None or self.share.value >= ENOUGH
 
     @property
@@ -54,7 +55,9 @@ def pair_log_odds(scores_2P: Tensor) -> Numbers:
 def kept_gain(
     model: str, gain_P: Numbers, trained_gain_P: Numbers, prompts_P: Sequence[Hashable]
 ) -> Kept:
-    """Return the share of the trained adapter's gain that a model keeps, with 95% intervals.
+    """Return a model's gain, and this gain divided by the trained adapter's gain.
+
+    Both have 95% intervals. See :class:`Kept`.
 
     Args:
         model: the model's name in tables.

@@ -76,7 +76,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Curves:
-    """The metrics and settings of a run, in the form that the rules read."""
+    """The metrics and settings of a run, in the form that the rules of this module read."""
 
     train: Sequence[Row]
     """The rows of training steps, in order."""
@@ -113,8 +113,9 @@ class Curves:
     def change(self, name: str) -> "Change | None":
         """Return how a metric changed from the start of the training to its end.
 
-        If held-out pairs were evaluated before the first step, the change is measured on them.
-        Otherwise it is measured on training pairs, or None is returned if the steps are too few.
+        If held-out pairs were evaluated before the first step, the change on held-out pairs is
+        returned. Otherwise the change on training pairs is returned. If there are too few steps for
+        this change, the result is None.
         """
         values = [float(row[name]) for row in self.held_out if _is_finite(row.get(name))]
         if len(values) >= 2 and self.held_out[0].get("step") == 0:
@@ -212,8 +213,10 @@ def diverging(curves: Curves) -> Finding | None:
 def over_fitting(curves: Curves) -> Finding | None:
     """Return a finding if the model fits the training pairs too closely.
 
-    The signs: the chosen log-prob is near 0 and the rejected one is low (named by the authors of
-    ORPO), or the held-out loss rises.
+    One of two signs is enough:
+
+    - The chosen log-prob is near 0 and the rejected log-prob is low. ORPO's authors name this sign.
+    - The held-out loss rises.
     """
     reasons = []
     chosen, rejected = curves.windows("logps/chosen"), curves.windows("logps/rejected")
@@ -254,7 +257,7 @@ def over_fitting(curves: Curves) -> Finding | None:
 def both_sink(curves: Curves) -> Finding | None:
     """Return a finding if the log-probs of the chosen and of the rejected answers both fall.
 
-    Then the odds-ratio loss outweighs the NLL.
+    If both fall, the odds-ratio loss outweighs the NLL.
     """
     chosen, rejected = curves.change("logps/chosen"), curves.change("logps/rejected")
     if not chosen or not rejected:
@@ -308,7 +311,11 @@ def not_learning(curves: Curves) -> Finding | None:
 
 
 def too_easy_data(curves: Curves) -> Finding | None:
-    """Return a finding if the base, or a rule on length, already sorts the pairs well."""
+    """Return a finding if most pairs can be ranked correctly without a training.
+
+    The base ranks most pairs correctly before the training. Or a rule that only looks at length
+    ranks most pairs correctly, and at least as many pairs as the trained model.
+    """
     reasons = []
     first, pairs, where = _accuracy_before(curves)
     if first is not None and first >= HIGH_START and _lower_bound(first, pairs) > LENGTH_MATTERS:

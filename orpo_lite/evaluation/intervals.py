@@ -26,8 +26,8 @@ Numbers = NDArray[np.float64]
 class Interval:
     """A value with its 95% interval.
 
-    ``low`` and ``high`` are None if there are fewer than two prompts. All three are None if there
-    are no pairs or if a score is not finite.
+    ``low`` and ``high`` are None if there are fewer than two prompts. ``value``, ``low`` and
+    ``high`` are None if there are no pairs or if a score is not finite.
     """
 
     value: float | None
@@ -60,11 +60,13 @@ class Mean:
     def interval(self) -> Interval:
         """Return the value with its 95% interval.
 
-        The interval contains two others: the percentile interval of the bootstrap, and the
-        t-interval of the jackknife. The percentile interval follows a skewed distribution, but it
-        is too narrow for a share on few prompts. In simulations with 10 prompts, the percentile
-        interval contained the true value in 87% of the cases, a BCa interval in fewer cases, and
-        the t-interval in 96%. With 100 prompts, the two intervals are nearly the same.
+        The interval is the smallest one that contains two others: the percentile interval of the
+        bootstrap, and the t-interval of the jackknife. The percentile interval follows a skewed
+        distribution, but is too narrow for a share on few prompts. In simulations with 10
+        prompts, the percentile interval contained the true value in 87% of the cases, and the
+        t-interval in 96%. A BCa interval contained the true value in fewer cases than
+        the percentile interval. With 100 prompts, the percentile interval and the t-interval are
+        nearly the same.
         """
         prompts = len(self.without_M)
         if prompts == 0 or not math.isfinite(self.value):
@@ -90,7 +92,7 @@ class Mean:
 def mean_over_pairs(
     numerators_KP: Numbers, denominators_KP: Numbers, prompts_P: Sequence[Hashable]
 ) -> list[Mean]:
-    """Return K means over P pairs. Each is a sum of numerators divided by a sum of denominators.
+    """Return K means over P pairs: mean = sum of numerators / sum of denominators.
 
     Args:
         numerators_KP: what each pair adds to the numerator of each mean.
@@ -123,8 +125,8 @@ def mean_over_pairs(
 def share_interval(mean: Mean) -> Interval:
     """Return a share of pairs with its 95% interval, which lies between 0 and 1.
 
-    If the share is 0 or 1, all resamples have the same share. Then one end of the interval is the
-    share, and the other end is taken from the exact binomial interval. A prompt counts as a trial.
+    If the share is 0 or 1, all resamples have the same share. Then the exact binomial interval with
+    one trial per prompt is used. It begins at 0 if the share is 0, and ends at 1 if the share is 1.
     """
     found, prompts = mean.interval(), len(mean.without_M)
     if found.value is None or found.low is None or found.high is None:
@@ -136,12 +138,13 @@ def share_interval(mean: Mean) -> Interval:
 
 
 def share_difference(mean: Mean) -> Interval:
-    """Return a difference of two shares with its 95% interval, which lies between -1 and 1.
+    """Return a difference of two shares with its 95% interval. Its ends lie between -1 and 1.
 
-    If each prompt has the same difference, all resamples have it too. Then the interval is computed
-    for the worst case. The exact binomial interval gives the largest share of prompts that may have
-    another difference. For them, the difference is assumed to be -1 at the lower end of the
-    interval, and 1 at the upper end.
+    If every prompt has the same difference d, every resample of the bootstrap has the difference d
+    too, so the bootstrap interval has no width. Then the interval is computed for the worst case: a
+    share p of all prompts may have another difference than d. The exact binomial interval gives the
+    largest p: 0.31 for 10 prompts. For the lower end, the other difference is -1, so the end is
+    (1 - p) * d - p. For the upper end, the other difference is 1, so the end is (1 - p) * d + p.
     """
     found, prompts = mean.interval(), len(mean.without_M)
     if found.value is None or found.low is None or found.high is None:
@@ -154,10 +157,12 @@ def share_difference(mean: Mean) -> Interval:
 
 
 def resample_sums(sums_MS: Numbers) -> Numbers:
-    """Return the sums of S columns in each of B resamples of M prompts, shape (B, S).
+    """Return the sums of B resamples, shape (B, S). B is RESAMPLES.
+
+    A resample draws M prompts with replacement, and adds up the S numbers of the drawn prompts.
 
     Args:
-        sums_MS: the sums of each prompt. A resample draws M prompts with replacement.
+        sums_MS: S numbers for each of the M prompts.
     """
     prompts = len(sums_MS)
     generator = np.random.default_rng(SEED)

@@ -1,4 +1,4 @@
-"""Judge a training: compare the kept adapter with the model before the training."""
+"""Judge a training: compare the saved adapter with the model before the training."""
 
 import math
 from pathlib import Path

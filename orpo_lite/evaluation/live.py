@@ -38,7 +38,11 @@ class LivePage:
         self._version, self._page, self._body = "", "", ""
 
     def read(self) -> tuple[str, str, str]:
-        """Return the page's version, the page, and its body, which the page's script replaces.
+        """Return (version, page, body).
+
+        ``version`` is a text that changes whenever a watched file changes. ``page`` is the whole
+        page. ``body`` is only the body of this page. If an older page is open in a browser, the
+        script of the older page replaces the old body by ``body``.
 
         Raises:
             OrpoLiteError: a run cannot be read; see :func:`orpo_lite.evaluation.report.report`.
@@ -126,7 +130,7 @@ def live_events(
 ) -> Generator[Update, None, None]:
     """Serve the report of runs on 127.0.0.1 until the generator is closed.
 
-    It yields the report's address as a note. It never returns.
+    Yields the report's address as a note. The generator never ends on its own.
 
     Args:
         run_folders: the runs to show.

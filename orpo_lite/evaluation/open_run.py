@@ -54,7 +54,7 @@ class FoundModel:
 
     @property
     def loading(self) -> Recipe:
-        """The recipe for loading the weights: with the chosen dtype and the adapter's folder."""
+        """The recipe with the chosen dtype and the adapter's folder, to load the weights."""
         adapter = str(self.adapter.resolve()) if self.adapter else None
         return self.recipe.override(
             {"model.dtype": self.dtype, "model.adapter_name_or_path": adapter}
@@ -118,13 +118,13 @@ def find_model(
 
     Args:
         name: a run folder; ``RUN/merged`` or any other model folder of transformers; or a hub name.
-        base_path: where the base of the run is now, if its folder was moved.
-        command: the command of orpo-lite that the fixes in errors show.
+        base_path: the folder that the run's base was moved to; None if the base was not moved.
+        command: the orpo-lite command in the fix of an error, such as "eval".
 
     Raises:
         CheckpointError: there is no such folder, or its training or merge is not finished.
-        ModelError: the folder has no causal model, or a run's base is missing or is not the base of
-            the training.
+        ModelError: the folder has no causal model; or the base of the run is missing, or is not the
+            base that the run was trained on.
         HubError: the hub has no such model, or is unreachable.
     """
     path = Path(name).expanduser()
@@ -183,7 +183,8 @@ def load_model(found: FoundModel) -> OpenRun:
 
     Raises:
         FitError: the GPU has too little memory.
-        ModelError: the weights or the tokenizer cannot be read, or a run's chat template is gone.
+        ModelError: the weights or the tokenizer cannot be read, or the tokenizer of a run lacks
+            the chat template of the training.
     """
     tokenizer = load_tokenizer(found.files)
     if found.run is None:
@@ -207,7 +208,7 @@ def load_model(found: FoundModel) -> OpenRun:
 
 @contextmanager
 def explain_out_of_memory(where: str, expected: str, fix: str = FREE_MEMORY) -> Iterator[None]:
-    """Turn an error of the block that reports a lack of GPU memory into a :class:`FitError`."""
+    """Raise :class:`FitError` if the code in the ``with`` block runs out of GPU memory."""
     try:
         yield
     except RuntimeError as error:

@@ -80,8 +80,9 @@ def report(
         run_folders: folders of runs. A run may still be training.
         to: the file to write. None: report.html in the run folder, or in the current folder if
             there are several runs.
-        data_texts: False: leave out all paths, and the prompts of the data with their answers. Use
-            it for a copy that other people will see.
+        data_texts: True: show whole paths, and the held-out prompts with the model's answers.
+            False: shorten paths to their last part and leave these texts out. Use False for a copy
+            that other people will see.
 
     Raises:
         CheckpointError: a folder is not a run, or the file cannot be written.

@@ -140,7 +140,7 @@ class RunRecord:
         ]
 
     def command_for(self, finding: Finding, path: Path) -> str:
-        """Return the command that a verdict advises for the run in ``path``; "" if none helps."""
+        """Return the command that a verdict advises for the run in ``path``; "" for no command."""
         if finding.advice == NOT_FINISHED:
             return resume_command(path).line
         return new_run_command(path, finding.values).line if finding.values else ""
@@ -174,7 +174,7 @@ class RunRecord:
 
 
 def default(key: str) -> Any:
-    """Return the default value of a recipe key ``section.key``, or None if there is none."""
+    """Return the default value of a recipe key ``section.key``; None if there is no such key."""
     section, _, name = key.partition(".")
     fields = SECTIONS[section].model_fields if section in SECTIONS else {}
     return fields[name].default if name in fields else None

@@ -40,7 +40,7 @@ class Prompt:
 
 
 def find_prompts(recipe: Recipe, inputs: Inputs) -> Generator[Update, None, list[Prompt]]:
-    """Return up to ``output.samples`` neutral prompts, and as many prompts of held-out pairs.
+    """Return prompts from NEUTRAL and prompts of held-out pairs: up to ``output.samples`` of each.
 
     On an error, yield a note and return no prompts.
     """
@@ -69,8 +69,8 @@ class SampleWriter:
 
     The trained weights are bit for bit the same with and without answers, because
     :class:`Answerer` restores the weights, the mode and the random generators. An answer depends
-    only on the seed, the prompt and the weights. So if a prompt has an answer at a step already, it
-    is not answered again at that step.
+    only on the seed, the prompt and the weights. So a prompt that has an answer at a step is not
+    answered again at this step.
 
     Args:
         recipe: the recipe of the run.

@@ -20,15 +20,17 @@ def score_pairs(
 ) -> Generator[Update, None, PairLogps]:
     """Yield progress; finally return the scores of P pairs: float64 tensors of shape (P,).
 
-    The scores are in the order of the pairs. ``model.route`` is then the route that was used.
+    The scores are in the order of the pairs. Afterwards, ``model.route`` is the route that packed
+    pairs used.
 
     Args:
         model: the model, with or without an adapter.
         pairs: the P pairs.
         recipe: the recipe that says how pairs are packed.
         stage: the name of this task in the updates.
-        route: how pairs go through the model. None: if the recipe packs pairs, the probe chooses
-            the fastest route that gives the same results as the model's own forward pass.
+        route: how packed pairs go through the model. None: the probe chooses the fastest route that
+            gives the same results as the model's own forward pass. If the recipe does not pack
+            pairs, no route is used.
     """
     yield Update("stage", stage)
     if route:

@@ -1,4 +1,4 @@
-"""Verify a merged model: compare its scores of held-out pairs with the base plus the adapter."""
+"""Verify a merged model: compare its scores with the scores of the base plus the adapter."""
 
 import itertools
 from collections.abc import Generator, Sequence
@@ -115,7 +115,7 @@ class Verdict:
         return text
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields, ``passed`` and ``outcome`` as JSON values."""
+        """Return all fields and the properties ``passed`` and ``outcome``, as values for JSON."""
         return {**asdict(self), "passed": self.passed, "outcome": self.outcome}
 
 
@@ -130,13 +130,13 @@ def compare_merged(
 
     Args:
         run_folder: the folder of a run that was merged.
-        weights: which merged model to compare: the one merged onto the ``original`` base, or the
-            one merged onto the ``dequantized`` 4-bit base. It is compared with that base plus the
-            adapter.
+        weights: which merged model to compare. ``original``: the model merged onto the original
+            base is compared with the original base plus the adapter. ``dequantized``: the model
+            merged onto the dequantised 4-bit base is compared with the 4-bit base plus the adapter.
         base_path: where the base is now, if its folder was moved.
 
     Raises:
-        CheckpointError: the run has no such merged model, or its data changed.
+        CheckpointError: the run has no such merged model, or the data changed since the training.
         FitError: the GPU has too little memory for a model in 16 bit.
         OrpoLiteError: the base or the data can no longer be read.
     """
@@ -228,8 +228,8 @@ def read_gains(
 ) -> Generator[Update, None, tuple[Numbers, Numbers]]:
     """Return the log odds ratio of the base, and the gain of the trained adapter, for each pair.
 
-    The gain is what the adapter adds to the log odds ratio. Both arrays have shape (P,). They are
-    read from verify.json. If that file lacks them, the merged model is first compared.
+    The gain is what the adapter adds to the log odds ratio. Both arrays have shape (P,) and are
+    read from verify.json. If verify.json lacks the arrays, :func:`compare_merged` computes them.
 
     Raises:
         OrpoLiteError: the merged model cannot be compared; see :func:`compare_merged`.
@@ -246,7 +246,7 @@ def read_gains(
 def pairs_to_compare(
     trained: FoundModel, path: Path
 ) -> Generator[Update, None, tuple[list[TokenizedPair], bool]]:
-    """Return at most :data:`PAIRS` pairs of a run, and True if they are held out.
+    """Return at most :data:`PAIRS` pairs of a run, and whether the pairs are held out.
 
     The first held-out pairs are returned. If there are none, the first training pairs are
     returned.

@@ -1,8 +1,8 @@
 """Convert a model's configuration to GGUF keys, and its tensor names to llama.cpp's names.
 
 ``FAMILIES`` names the model graph of llama.cpp for each supported ``model_type``. If a
-configuration has a feature that this graph does not support, the export is refused. Otherwise
-llama.cpp would load the file without an error, but give slightly worse answers.
+configuration has a feature that this graph does not support, the export is refused. Without this
+check, llama.cpp would load the file without an error, but give slightly worse answers.
 """
 
 import math

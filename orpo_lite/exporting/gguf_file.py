@@ -1,4 +1,4 @@
-"""Write a GGUF file. The gguf library writes the header. The tensors follow block by block."""
+"""Write a GGUF file. The gguf library writes the header. This module writes the tensors."""
 
 import math
 from collections.abc import Iterator, Mapping

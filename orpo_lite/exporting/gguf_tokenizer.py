@@ -2,9 +2,9 @@
 
 Two types are supported: byte-level BPE, and sentencepiece's BPE with byte fallback. For byte-level
 BPE, llama.cpp splits a text into words with one of its built-in regular expressions, and the GGUF
-file names the expression. If the tokenizer uses another expression, the export is refused. With the
-name of a similar expression, the file would load, but llama.cpp would split some texts differently
-from the tokenizer that was used in training.
+file names the expression. If llama.cpp does not have the tokenizer's expression, the export is
+refused. A similar expression is not enough: llama.cpp would load the file, but it would split some
+texts differently from the tokenizer that was used in training.
 """
 
 import re

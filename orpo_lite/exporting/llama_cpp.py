@@ -80,8 +80,8 @@ def quantise(source: Path, file: Path, outtype: str) -> None:
 def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) -> None:
     """Raise :class:`ModelError` if llama.cpp and transformers tokenise a text differently.
 
-    For llama.cpp, ``lead`` is added before each text. It is the space with which the exported chat
-    template begins, or "".
+    ``lead``: the added space at the start of the exported chat template, or "". llama.cpp tokenises
+    ``lead + text``, and transformers tokenises ``text``.
     """
     where = str(file)
     model = _open(file, vocab_only=True, n_ctx=8, n_batch=8)
@@ -102,7 +102,7 @@ def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) ->
 def score_pairs(
     file: Path, pairs: Sequence[TokenizedPair]
 ) -> Generator[tuple[int, int], None, Tensor]:
-    """Yield (pairs done, number of pairs); finally return the replies' mean log-probabilities.
+    """Yield (pairs done, number of pairs); finally return each reply's mean log-probability.
 
     For P pairs, the result has shape (2, P), float64. Row 0 is for the chosen replies, row 1 for
     the rejected replies. If both sequences of a pair begin with the same tokens, these tokens are

@@ -3,8 +3,10 @@
 Ollama's templates are written in Go, but a tokenizer's chat template is written in Jinja. The Jinja
 code is not translated. Instead, the chat template renders conversations whose messages are
 placeholders, and the texts between the placeholders are extracted. The Go template writes these
-texts. As a check, longer conversations are built from the texts. If the chat template renders one
-of these conversations differently, the export is refused.
+texts. As a check, the prompts of conversations with 1 to ``LONGEST`` questions are built from the
+texts. If the chat template gives another prompt, the export is refused. Three differences only add
+a note to the export: a system text is written differently, white space around a message is
+stripped, or <think> is removed from earlier answers.
 """
 
 import json
@@ -41,7 +43,7 @@ class Turns:
     """The text between a system text and the next question."""
 
     def rebuild(self, messages: Sequence[Message]) -> str:
-        """Return a conversation's prompt. The template of :meth:`to_go` gives the same prompt."""
+        """Return the prompt that the template of :meth:`to_go` gives for a conversation."""
         system = next((turn["content"] for turn in messages if turn["role"] == "system"), "")
         text = ""
         for index, turn in enumerate(messages):
@@ -61,11 +63,11 @@ class Turns:
         return text
 
     def with_heads(self, change: Callable[[str], str]) -> "Turns":
-        """Return a copy in which ``change`` is applied to ``head`` and ``system_head``."""
+        """Return a copy with new ``head`` and ``system_head``: each text -> ``change(text)``."""
         return replace(self, head=change(self.head), system_head=change(self.system_head))
 
     def to_go(self) -> str:
-        """Return a Go template for Ollama that writes these texts around ``.Messages``."""
+        """Return a Go template for Ollama, with this object's texts around ``.Messages``."""
         at_start = self.system == "start"
         first = "eq $i 0" if at_start else "or (eq $i 0) (and (eq $i 1) $.System)"
         lines = [
@@ -102,7 +104,10 @@ def _quoted(text: str) -> str:
 
 
 def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
-    """Return (turns, notes): a chat template's texts, and notes on differences in Ollama.
+    """Return (turns, notes) for a chat template.
+
+    ``turns`` holds the texts that the chat template writes around messages. Each note describes one
+    difference between the chat template and the template for Ollama (:meth:`Turns.to_go`).
 
     Args:
         render: the function that renders the chat template.
@@ -110,7 +115,7 @@ def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
 
     Raises:
         ModelError: the chat template raises an error, or :class:`Turns` cannot give the same
-            prompts.
+            prompts as the chat template.
     """
     try:
         one = render(_conversation(USERS[:1]))

@@ -147,7 +147,7 @@ def export_events(
 
 
 def to_gguf(request: _Request) -> Exporting:
-    """Write a GGUF file for llama.cpp. It holds weights, tokenizer and chat template."""
+    """Write a GGUF file for llama.cpp, with weights, tokenizer and chat template."""
     outtype = request.outtype or _stored_type(request)
     folder = request.folder("gguf", outtype)
     with new_folder(folder) as temporary, _replaced_in_errors(temporary, folder):

@@ -1,7 +1,7 @@
 """Compute the delta of a stored tensor: the numbers that an adapter adds to it.
 
-The LoRA matrices A and B of a tensor are read when this tensor is merged. If the tensor is stored
-unchanged, its delta is computed for one block of rows at a time.
+The LoRA matrices A and B of a tensor are read when this tensor is merged. If transformers loads the
+tensor without conversion, the delta is computed for one block of rows at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Delta(Protocol):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The names of the adapted parameters that change this stored tensor."""
+        """The names of the parameters whose adapters change this stored tensor."""
         ...
 
     def load(self) -> AddDelta:
@@ -47,7 +47,7 @@ class Delta(Protocol):
 class LoraDelta:
     """The LoRA delta of one parameter: ``scale * B @ A``.
 
-    With DoRA, the rows of weight plus delta are rescaled. Their new norms are in ``magnitude``.
+    With DoRA, each row of ``W + scale * B @ A`` is rescaled. ``magnitude`` holds the new norms.
     """
 
     parameters: tuple[str, ...]
@@ -105,11 +105,11 @@ class LoraDelta:
 
 @dataclass(frozen=True)
 class ConvertedDelta:
-    """The delta of a stored tensor that is split, joined or transposed during loading.
+    """The delta of a stored tensor. Loading splits, joins or transposes this tensor.
 
-    transformers converts such a tensor to parameters. The deltas of the parameters are converted
-    back to the form of the stored tensor. The result is exact, because a conversion only moves
-    numbers.
+    transformers converts the stored tensor to parameters. The deltas of the parameters are
+    converted back to the form of the stored tensor. The result is exact, because a conversion only
+    moves numbers.
     """
 
     name: str
@@ -118,7 +118,7 @@ class ConvertedDelta:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The names of the adapted parameters that change this stored tensor."""
+        """The names of the parameters whose adapters change this stored tensor."""
         return tuple(self.group.deltas)
 
     def load(self) -> AddDelta:
@@ -137,7 +137,7 @@ class ConvertedDelta:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedGroup:
-    """Parameters that are stored together, with a LoRA delta for each adapted parameter."""
+    """Parameters with the same origin, and a LoRA delta for each parameter with an adapter."""
 
     origin: Origin
     deltas: Mapping[str, LoraDelta]

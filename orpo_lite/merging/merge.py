@@ -80,9 +80,9 @@ def merge(
 
     Args:
         run_folder: the folder of a finished training.
-        weights: the weights that the adapter is added to: see
-            :data:`orpo_lite.runs.commands.Weights`. For ``dequantized``, the merged model is
-            written to ``RUN/merged-dequantized``.
+        weights: the weights that the adapter is added to
+            (:data:`orpo_lite.runs.commands.Weights`). If ``weights`` is "dequantized", the folder
+            of the merged model is ``RUN/merged-dequantized``, not ``RUN/merged``.
         max_shard_size: the largest size of a weight file, in bytes or as a text such as 5GB. A
             file with only one tensor may be larger.
         base_path: the folder of the base, if the base was moved after the training.

@@ -1,4 +1,4 @@
-"""Find the stored tensors that transformers loads each parameter from."""
+"""Find, for each parameter, the stored tensors from which transformers loads the parameter."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class Origin:
         return None if self.converter else next(iter(self.stored))
 
     def to_stored(self, values: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """Convert parameter values to the stored form. Return name of stored tensor -> tensor."""
+        """Convert parameter values to the stored form. Return a dict: stored name -> tensor."""
         if self.converter is None:
             return {str(self.unchanged): values[self.parameters[0]]}
         back = self.converter.reverse_transform()
@@ -62,11 +62,11 @@ class Origin:
 
 
 def find_origins(model: Any, names: Iterable[str]) -> dict[str, Origin]:
-    """Return parameter name -> origin. ``names`` are the names of all stored tensors.
+    """Return name of a parameter -> the stored tensors that the parameter is loaded from.
 
-    The functions of transformers that load a model find the parameter of each stored tensor. Stored
-    tensors without a parameter are left out, such as those of a vision tower or of multi-token
-    prediction.
+    ``names`` are the names of all stored tensors. The functions with which transformers
+    loads a model map each name to a parameter. A stored tensor that belongs to no parameter is left
+    out, such as a tensor of a vision tower or of multi-token prediction.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]

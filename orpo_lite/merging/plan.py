@@ -51,7 +51,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """A layer of the base that has an adapter. Both are on the meta device."""
+    """A layer of the base, with its adapter. Layer and adapter are on the meta device."""
 
     name: str
     layer: Any
@@ -62,7 +62,7 @@ class AdaptedLayer:
 
 
 def check_mergeable(recipe: Recipe, base: Base) -> None:
-    """Check before a training that its adapter can be merged later. If not, raise ModelError."""
+    """Raise ModelError before a training if its adapter could not be merged later."""
     name = recipe.model.adapter_name_or_path
     fix = Overrides({"lora.target_modules": "all-linear"})
     if name:
@@ -91,12 +91,12 @@ def make_plan(
     weights: Weights = "original",
     not_quantised: Sequence[str] = (),
 ) -> Plan:
-    """Return which stored tensors of the base a merge changes, and the delta of each of them.
+    """Return a plan: the stored tensors of the base that a merge changes, each with its delta.
 
     Args:
         base: the base; only its configuration is used.
-        adapter: the adapter's folder; None if the adapter does not exist yet. Then the recipe tells
-            which layers it will have.
+        adapter: the adapter's folder. None: the adapter does not exist yet, and the layers that it
+            will adapt are read from the recipe.
         stored: the stored tensors of the base, by name.
         recipe: the recipe of the training.
         weights: the weights that the adapter is added to: see Weights in runs/commands.py.

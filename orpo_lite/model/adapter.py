@@ -1,4 +1,4 @@
-"""Add, initialise, read and set the LoRA adapter of a model in memory."""
+"""Add a LoRA adapter to a model in memory. Initialise, read and set the adapter's tensors."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,8 +23,8 @@ BASE_LAYER = (".base_layer.weight", ".base_layer.bias")
 def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module:
     """Return the model with a new adapter.
 
-    The adapter's configuration is read from ``folder``. If ``folder`` is None, it is made from the
-    recipe's ``lora`` settings.
+    The adapter's configuration is read from ``folder``. If ``folder`` is None, the configuration is
+    made from the recipe's ``lora`` settings.
     """
     lora = recipe.lora
     if folder:

@@ -81,9 +81,9 @@ class Answerer:
         """Divide the prompts into batches, the longest prompts first. Return lists of indices.
 
         If the :meth:`room` of a prompt is less than ``limit``, the prompt is alone in its batch, so
-        that it does not shorten other answers. A prompt without room is left out. The same model,
-        prompts and limit always give the same batches, so a repeated command gives the same
-        answers.
+        that the answers to other prompts are not shortened. A prompt without room is left out. The
+        same model, prompts and limit always give the same batches, so a repeated command gives the
+        same answers.
 
         Args:
             prompts: the tokens of each prompt.
@@ -199,8 +199,9 @@ class Answerer:
     def padding_fault(self) -> str:
         """The reason why this model cannot answer prompts in a padded batch; "" if it can.
 
-        As a test, the model continues random prompts of three lengths with given tokens, first in
-        one padded batch, then one prompt at a time. The logits must be equal within :data:`SAME`.
+        As a test, random prompts of three lengths are continued with random tokens, which the model
+        does not choose: first in one padded batch, then one prompt at a time. The logits must be
+        equal within :data:`SAME`.
         """
         numbers = torch.Generator().manual_seed(0)
         vocabulary = min(256, self.model.config.get_text_config().vocab_size)
@@ -233,7 +234,7 @@ class Answerer:
 
     @property
     def note(self) -> str:
-        """A note for people that prompts are answered one at a time, and why; "" in batches."""
+        """A note that says why prompts are answered one at a time; "" if batches are possible."""
         fault = self.padding_fault
         return f"the prompts are answered one at a time, because {fault}" if fault else ""
 
@@ -254,8 +255,8 @@ class Answerer:
         """Yield the text of an answer piece by piece. Pieces end at spaces if the text has spaces.
 
         transformers' ``generate`` runs in a thread. The thread ends at its next token if this
-        generator is closed. It also ends if an exception is raised in this generator, such as
-        KeyboardInterrupt.
+        generator is closed, or if an exception such as KeyboardInterrupt is raised in this
+        generator.
         """
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         stopped, errors = threading.Event(), list[BaseException]()

@@ -25,14 +25,15 @@ def evaluate(
     pad_id: int,
     processes: Processes,
 ) -> Generator[tuple[int, int], None, tuple[dict[str, float], PairLogps]]:
-    """Yield progress as (done, total) batches; finally return metrics and scores of P pairs.
+    """Yield (batches done, all batches) as progress; finally return metrics and scores of P pairs.
 
     An evaluation does not change the training that follows, not even by rounding: there is no
     dropout, no random generator is used, and the 4-bit weights do not change.
 
     Returns:
-        The objective's metrics, with names such as ``eval_loss``; {} if there are no pairs. They do
-        not depend on the micro-batches, because the NLL is divided by the tokens of all pairs.
+        The objective's metrics, with names such as ``eval_loss``; {} if there are no pairs.
+        The metrics do not depend on the micro-batches, because the sum of the NLL over all pairs
+        is divided by the number of tokens in this sum.
 
         The scores: the log-probabilities of each pair, in the order of ``pairs``. Each tensor has
         shape (P,), float64, and is on the CPU. Every process gets the scores of all pairs.
@@ -60,7 +61,7 @@ def score(
     pad_id: int = 0,
     processes: Processes | None = None,
 ) -> Generator[tuple[int, int], None, PairLogps]:
-    """Yield progress as :func:`evaluate` does, but return only the scores.
+    """Return the scores of pairs. Yield progress as :func:`evaluate` does.
 
     If ``processes`` is None, this process scores all pairs.
     """

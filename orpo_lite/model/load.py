@@ -88,11 +88,13 @@ def bare_pair_model(
 ) -> PairModel:
     """Build the model of :func:`load_pair_model` from its configuration, without loading weights.
 
-    On the meta device, its tensors have no values. On other devices, its weights are random.
+    On the meta device, the model's tensors have no values. On other devices, the weights are
+    random.
 
-    ``config`` may have fewer layers than the base. If ``lora.target_modules`` names single layers
-    or experts for an adapter to continue, some of them may not exist. In this case the new adapter
-    is on all linear layers instead.
+    ``config`` may have fewer layers than the base. If the recipe continues an adapter, a name in
+    ``lora.target_modules`` can be a single layer or expert of the base: ``layers.9.q_proj``. The
+    built model possibly lacks this layer. So if the recipe continues an adapter and a name has a
+    dot, the adapter is on all linear layers of the built model instead.
     """
     names = recipe.lora.target_modules
     if recipe.model.adapter_name_or_path and any("." in name for name in names):
@@ -103,7 +105,7 @@ def bare_pair_model(
 def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> Any:
     """Build the model of :func:`bare_pair_model` without an adapter.
 
-    It is quantised if ``quantization.load_in_4bit`` is set.
+    The model is quantised if ``quantization.load_in_4bit`` is set.
     """
     with device:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)

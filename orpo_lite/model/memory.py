@@ -1,4 +1,4 @@
-"""Apply the recipe's ``memory`` settings to a model. They do not change loss or gradient."""
+"""Apply the recipe's ``memory`` settings to a model, without a change of loss or gradient."""
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -11,7 +11,7 @@ from orpo_lite.recipe.schema import Recipe
 
 
 def apply_memory_settings(model: PairModel, recipe: Recipe) -> None:
-    """Apply the recipe's ``memory`` settings to a model that is just loaded."""
+    """Apply the recipe's ``memory`` settings to a newly built model."""
     memory = recipe.memory.unplanned()
     if memory.fused_lora:
         unfused = fuse_lora(model.model)
@@ -73,9 +73,10 @@ def with_memory_settings(model: PairModel, recipe: Recipe) -> PairModel:
 
 
 def checkpoint_first_layers(model: PairModel, recipe: Recipe) -> None:
-    """Checkpoint the first layers, so that they keep only their input for the backward pass.
+    """Checkpoint the first layers: each keeps only its input for the backward pass.
 
-    ``memory.activation_checkpointing`` sets their number. A later call can add more layers.
+    ``memory.activation_checkpointing`` sets the number of these layers. A later call can checkpoint
+    more layers.
     """
     memory = recipe.memory.unplanned()
     model.checkpointed = memory.checkpointed(len(model.layers))

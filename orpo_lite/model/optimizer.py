@@ -56,9 +56,9 @@ def state_bytes(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> tuple[i
     """Return the bytes of the optimizer's states: (in ordinary memory, in paged memory).
 
     ``parameters`` must be on the meta device. For an optimizer of bitsandbytes, bitsandbytes
-    allocates the states on meta, and their bytes are counted. torch's AdamW has two float32 moments
-    for each parameter. During a step it also has a third tensor of the same size
-    (torch.optim.adamw, foreach).
+    allocates the states on meta, and their bytes are counted. For torch's AdamW, 12 bytes per
+    parameter are counted: two float32 moments, and a third float32 tensor that exists only during
+    a step (torch.optim.adamw, foreach).
     """
     name = recipe.training.optim
     if name == "adamw_torch":

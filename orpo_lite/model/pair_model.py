@@ -113,7 +113,7 @@ class PairModel(nn.Module):
         )
 
     def score(self, batch: PackedPairs, route: Route) -> Tensor:
-        """Return the log-probability of each target of the batch (``targets_N``), shape (N,)."""
+        """Return the log-probabilities of the tokens in ``batch.targets_N``, shape (N,)."""
         if route == "logits" or self.chunk is None:
             return pick(at_least_float32(self.row_logits(batch, route)), batch.targets_N)
         return row_logps(
@@ -121,7 +121,10 @@ class PairModel(nn.Module):
         )
 
     def row_logits(self, batch: PackedPairs, route: Route) -> Tensor:
-        """Return the logits that predict the batch's targets, shape (N, V), all in memory."""
+        """Return the logits that predict the batch's targets, shape (N, V).
+
+        All logits are in memory at once.
+        """
         if route == "logits":
             outputs = self._each_row(self.model, batch)
             return torch.cat([output.logits[0] for output in outputs])[batch.rows_N]
@@ -169,7 +172,7 @@ class PairModel(nn.Module):
             self.config._attn_implementation = before
 
     def fall_back(self, route: Route, reason: str) -> None:
-        """Use the simpler ``route`` for packed pairs from now on. Add the reason to ``notes``."""
+        """Use ``route``, a later route in ROUTES, from now on. Add the reason to ``notes``."""
         self.notes.append(f"{ROUTE_NOTES[route]}, because {reason}")
         self.route = route
 
@@ -224,7 +227,7 @@ class PairModel(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Switch off the adapter's dropout and gradients inside the ``with`` block."""
+        """Switch off gradients and the adapter's dropout inside the ``with`` block."""
         was_training = self.training
         self.eval()
         try:
@@ -264,7 +267,7 @@ class PairModel(nn.Module):
 
 
 def find_head(causal: Any) -> Head:
-    """Return the model's head, with the scale and the softcap of logits from its configuration.
+    """Return the model's head, with the scale and softcap of logits from the configuration.
 
     If a model changes its logits in another way, ``model.probe`` detects this.
     """

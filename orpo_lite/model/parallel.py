@@ -25,8 +25,8 @@ class Processes:
     """This process, and the other processes that `accelerate launch` started, if any.
 
     Raises:
-        RecipeError: accelerate is configured for more than plain data parallelism, or only some
-            environment variables of LAUNCH are set, or the device does not exist.
+        RecipeError: accelerate is configured for more than plain data parallelism, the environment
+            variables in LAUNCH are incomplete or wrong, or the device does not exist.
     """
 
     def __init__(self, *, cpu: bool = False) -> None:

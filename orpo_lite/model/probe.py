@@ -1,4 +1,4 @@
-"""Compare this package's training step with the model's own code before the training (probe)."""
+"""Probe a model before the training: compare this package's step with the model's own code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,15 +28,17 @@ from orpo_lite.ops.devices import dtype_name
 
 
 def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
-    """Find the fastest route that gives the same results as the model's own code, and use it.
+    """Set the model's route: the fastest correct way to send pairs through the model.
 
-    A route is one way to send pairs through the model, such as packed into one row. On random
-    pairs, the log-probabilities and the gradient of each route are compared with the model's own.
-    If the model must use a simpler route, ``model.notes`` gives the reason.
+    Example of a route: several pairs are packed into one row. A route is correct if it gives the
+    same results as the model's own code. On random pairs, the log-probabilities and the gradient of
+    each route are compared with those of the model's own code. If the model must use a simpler
+    route, ``model.notes`` gives the reason.
 
     A route can give wrong results if the model has position biases (ALiBi), linear or sparse
-    attention, attention sinks or positions that are counted along the row. It can also be wrong if
-    the model changes its logits in a way that ``pair_model.find_head`` does not know.
+    attention, attention sinks or positions that are counted along the row. A route can also give
+    wrong results if the model changes its logits in a way that ``pair_model.find_head`` does not
+    know.
 
     Args:
         model: the model with the settings of the training. If it has no trained parameters, only
@@ -77,9 +79,10 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
 
 
 def probe_operations(model: PairModel) -> None:
-    """Compare this package's layers with the model's own layers, but compare no routes.
+    """Compare this package's layers with the model's own layers.
 
-    This is for recipes without packing, which use no routes.
+    For a recipe without packing, this part of :func:`probe` is enough: the other part chooses how
+    packed pairs go through the model (:data:`orpo_lite.model.pair_model.Route`).
     """
     with _random_adapter(model):
         _compare_operations(model)

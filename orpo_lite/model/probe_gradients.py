@@ -1,4 +1,8 @@
-"""Compare the gradient of a route or of this package's layers with the model's own gradient."""
+"""Compare gradients with the gradient of the model's own layers.
+
+Two gradients are compared: the gradient on a route (:data:`orpo_lite.model.pair_model.Route`), and
+the gradient with this package's layers (fused LoRA, tiled MLPs).
+"""
 
 import math
 from collections.abc import Iterator
@@ -27,7 +31,7 @@ PROBE_TILE = 16  # tokens in a tile, so that each sequence of GRADIENT_PAIRS has
 
 
 class Gradient(NamedTuple):
-    """The model's own gradient, with which other gradients are compared."""
+    """The gradient without this package's layers. Other gradients are compared with this one."""
 
     parts: list[Tensor]
     """One tensor per trained parameter."""
@@ -36,12 +40,16 @@ class Gradient(NamedTuple):
 
 
 def own_gradient(model: PairModel) -> Gradient:
-    """Return the gradient of the model's and peft's own layers, and a bound for rounding errors.
+    """Return the model's own gradient, and the largest relative change that rounding can cause.
 
-    The gradient is computed with all logits in memory. In half precision, the bound is measured:
-    the first layer's input is rounded once more, and the bound is three times the effect on the
-    gradient, but at least 0.01 and at most 0.3. The same operations in another order have an effect
-    of the same size: from 1% of the gradient (Llama) to 10% (Gemma).
+    The gradient is computed with the layers of the model's code and of peft, without the layers of
+    this package. All logits are in memory.
+
+    In float64 and float32, this bound is fixed. In half precision, the bound is measured: noise of
+    the size of a rounding error is added to the embeddings. The bound is three times the relative
+    change that this noise causes in the gradient, but at least 0.01 and at most 0.3. If the same
+    operations run in another order, the gradient changes about as much as with the noise: by 1%
+    (Llama) to 10% (Gemma).
     """
     with own_layers(model):
         parts = _gradient(model, "logits")
@@ -55,7 +63,11 @@ def own_gradient(model: PairModel) -> Gradient:
 
 
 def gradient_difference(model: PairModel, route: Route, own: Gradient) -> str:
-    """Describe how a route's gradient differs from the model's own; "" if only by rounding."""
+    """Describe how a route's gradient differs from the model's own gradient.
+
+    The description is "" if the difference can come from rounding. If the model's code fails on
+    the route, return the reason.
+    """
     try:
         difference = _distance(_gradient(model, route), own.parts)
     except MODEL_CODE_ERRORS as error:
@@ -66,10 +78,10 @@ def gradient_difference(model: PairModel, route: Route, own: Gradient) -> str:
 
 
 def check_reruns(model: PairModel) -> None:
-    """Check that checkpointing does not change the gradient, also if layer inputs are offloaded.
+    """Check that the gradient is the same with and without checkpointing (and offload, if used).
 
     Raises:
-        ModelError: the gradient with checkpointing differs, or the gradient is not finite.
+        ModelError: the two gradients differ, or the gradient without checkpointing is not finite.
     """
     found = _gradient(model, "logits", TINY_PAIRS)
     checkpointed: list[Any] = [layer for layer in model.layers if layer.gradient_checkpointing]
@@ -102,9 +114,10 @@ def check_reruns(model: PairModel) -> None:
 
 
 def drop_wrong_operations(model: PairModel, own: Gradient) -> None:
-    """Remove this package's layers if they give another gradient than the model's own layers.
+    """Remove orpo-lite's layers (fused LoRA, tiled MLPs) if they give a wrong gradient.
 
-    peft's and the model's own layers are then used, and ``model.notes`` gives the reason.
+    ``own`` is the right gradient, computed with the layers of peft and of the model's code. After
+    the removal, the model uses these layers. ``model.notes`` gives the reason.
     """
     replaced = replaced_modules(model)
     tiled = [module.forward for module in replaced if hasattr(module.forward, "tokens")]
@@ -133,9 +146,10 @@ def replaced_modules(model: PairModel) -> list[nn.Module]:
 
 @contextmanager
 def own_layers(model: PairModel) -> Iterator[None]:
-    """Use the model's and peft's own layers inside the ``with`` block.
+    """Turn off this package's layers inside the ``with`` block.
 
-    Settings that keep the embedding or the layers' inputs in host memory still have an effect.
+    The layers of the model's code and of peft are used instead. Settings that keep the embedding or
+    the layers' inputs in host memory still have an effect.
     """
     modules = replaced_modules(model)
     forwards = [module.__dict__.pop("forward") for module in modules]

@@ -1,6 +1,6 @@
 """Compare a route's log-probabilities with those of the model's own forward pass.
 
-The functions for random pairs, rounding and error texts are also used to compare gradients.
+``probe_gradients.py`` uses some functions too: for random pairs, for rounding, for error texts.
 """
 
 import logging
@@ -43,7 +43,10 @@ class ValueComparison:
         self.short = random_pairs(self.config, SHORT_PAIRS)
 
     def difference(self, route: Route) -> str:
-        """Describe how a route differs from the route ``logits``; "" if only by rounding."""
+        """Describe how a route's results differ from the results of the route ``logits``.
+
+        Return "" if the results differ only by rounding.
+        """
         if self._head_difference:
             return self._head_difference
         if route == "rows":
@@ -151,7 +154,7 @@ def _value_difference(
 def mean_logps(model: PairModel, pairs: list[TokenizedPair], route: Route) -> Tensor:
     """Return mean log-probabilities of P pairs, shape (3, P), float64.
 
-    The rows are: chosen response, rejected response, chosen sequence with its prompt.
+    The rows are: chosen response, rejected response, prompt and chosen response together.
     """
     batch = pack_pairs(pairs, completion_only_loss=False, share=route == "shared").to(model.device)
     logps = packed_logps(model.score(batch, route), batch.spans)
@@ -198,7 +201,7 @@ def coarsest_dtype(model: PairModel) -> torch.dtype:
 
 @contextmanager
 def rounded_input(model: PairModel) -> Iterator[None]:
-    """Add noise of the size of a rounding error to the embeddings inside the ``with`` block."""
+    """Add noise as large as a rounding error to the embeddings while the context is open."""
     generator = torch.Generator().manual_seed(0)
 
     def rounded(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
@@ -217,7 +220,7 @@ def rounded_input(model: PairModel) -> Iterator[None]:
 
 
 def error_reason(error: Exception, route: Route) -> str:
-    """Return a reason for a note: the model's code raised ``error`` on the route ``route``."""
+    """Return why ``route`` fails, as text for a note. ``error``: raised by the model's code."""
     if isinstance(error, UnsupportedError):
         return str(error)
     what = "does not take packed rows" if route in ("shared", "packed") else "fails"

@@ -24,8 +24,9 @@ def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[s
 
     - The layers of :func:`bypassed_layers`.
     - On a CPU: the layers whose width is in :func:`wrong_widths`.
-    - The output head, if there are other names. If there are none, the result is [], because
-      transformers then skips the head by default.
+    - The output head, but only if the two rules above give at least one layer.
+
+    If the two rules give no layer, the result is []. Then transformers skips the head by default.
     """
     if not recipe.quantization.load_in_4bit:
         return []
@@ -40,7 +41,7 @@ def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[s
 
 
 def quantizable(model: Any) -> dict[str, Any]:
-    """Return the layers that transformers quantises to 4 bit, by name.
+    """Return name -> layer for the layers that transformers quantises to 4 bit.
 
     These are the plain linear layers and GPT-2's Conv1D layers, except the head and the layers of
     :func:`bypassed_layers`.
@@ -58,8 +59,9 @@ def quantizable(model: Any) -> dict[str, Any]:
 def bypassed_layers(model: nn.Module) -> list[str]:
     """Return the names of linear layers whose weight the model's own code reads directly.
 
-    For instance, Gemma 3n clamps such a weight in place, and Mamba's kernels multiply by it. From a
-    4-bit weight this code would read wrong numbers. An adapter on such a layer has no effect.
+    For instance, Gemma 3n clamps such a weight in place, and Mamba's kernels multiply by such a
+    weight. This code would read wrong numbers from a 4-bit weight. An adapter on such a layer has
+    no effect.
     """
     return [
         f"{name}.{child}"
@@ -164,7 +166,7 @@ def quantize(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
 def misshapen(model: nn.Module) -> list[str]:
     """Return the names of 4-bit weights whose shape does not fit their layer.
 
-    transformers checks only the shapes of other weights.
+    transformers checks only the shapes of weights that are not 4-bit.
     """
     names = []
     for name, layer in model.named_modules():

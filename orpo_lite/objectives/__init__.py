@@ -1,5 +1,5 @@
 """Compute a loss and its metrics from the log-probabilities of pairs.
 
 Each objective is one file, named after its value of ``loss.type``: ``orpo`` -> ``orpo.py``.
-Import order: objective, pairwise; further ones follow.
+Import order: objective, pairwise; further objectives come last and do not import each other.
 """

@@ -86,7 +86,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, logps: PairLogps, facts: PairFacts, divisors: Divisors) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch's share of the step's loss, and its share of each of ``parts``.
+        """Return a micro-batch's share of the step's loss, and of each value named in ``parts``.
 
         The shares of all micro-batches and processes add up to the step's loss. The planner calls
         this method on the meta device, where tensors have no values. So an objective must not
@@ -106,7 +106,11 @@ class Objective(ABC):
 
     @abstractmethod
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
-        """Return the metrics of a step, with ``loss``. ``parts`` are sums over the whole step."""
+        """Return the metrics of a step. One of them is ``loss``.
+
+        ``parts``: one number for each name in the class attribute :attr:`parts`, in the same order.
+        The number is the sum of this value over the whole step.
+        """
 
     def described(self) -> list[tuple[str, str]]:
         """Return a (name, value) pair for each setting of the loss, for the model card."""
@@ -148,9 +152,10 @@ def mean_nll(logps: PairLogps, divisors: Divisors, reduction: Literal["token", "
 
 
 def find_objective(settings: LossSection) -> Objective:
-    """Return the objective that ``loss.type`` names, with the recipe's settings.
+    """Return the objective that ``loss.type`` names. The objective gets the settings of ``loss``.
 
-    For ``orpo``, the objective's class is ``OBJECTIVE`` in ``orpo.py``.
+    The type is the name of a module, and ``OBJECTIVE`` in this module is the objective's class:
+    ``orpo`` -> ``OBJECTIVE`` in ``orpo.py``.
     """
     module = import_module(f"orpo_lite.objectives.{settings.type}")
     objective: Objective = module.OBJECTIVE(settings)

@@ -15,8 +15,8 @@ from orpo_lite.ops.outputs import PairLogps, at_least_float32
 class Orpo(Objective):
     """The ORPO objective, ``L = NLL + beta * L_OR`` (Eq. 6 of the paper).
 
-    It raises the probability of the chosen responses. It also raises their odds relative to the
-    odds of the rejected responses.
+    It raises the probability of the chosen responses. It also raises the odds of the chosen
+    responses relative to the odds of the rejected responses.
     """
 
     title = "ORPO"
@@ -53,9 +53,10 @@ class Orpo(Objective):
         )
 
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
-        """Return the parts, the loss and the rewards, with the names of TRL's ORPOTrainer.
+        """Return name -> value of the loss, its parts and the rewards.
 
-        A reward is beta times the mean log-probability of a response.
+        TRL's ORPOTrainer uses the same names. A reward is beta times the mean log-probability of a
+        response.
         """
         beta = self.settings.beta
         named = dict(zip(self.parts, parts, strict=True))

@@ -59,9 +59,9 @@ _making_host_memory = False
 def transfer(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the tensor on ``device``. The copy is asynchronous.
 
-    A copy from a GPU goes to pinned memory. Code on another stream must wait for the stream on
-    which the copy was started. On meta, nothing is copied. :func:`is_on_host` tells which meta
-    tensors represent host memory.
+    A copy from a GPU to the CPU is in pinned memory. Code on another CUDA stream must wait for the
+    stream on which the copy was started. The data of meta tensors are not copied.
+    :func:`is_on_host` tells which meta tensors represent host memory.
     """
     if tensor.is_meta:
         to_host = device == HOST
@@ -94,7 +94,7 @@ def host_memory(size: int, device: torch.device) -> Tensor:
 
 
 def is_on_host(tensor: Tensor) -> bool:
-    """Return True if a tensor is in host memory, or if it is a meta tensor that represents it."""
+    """Return True for a tensor in host memory or a meta tensor that represents host memory."""
     return tensor.untyped_storage() in _host_storages if tensor.is_meta else tensor.device == HOST
 
 

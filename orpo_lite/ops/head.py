@@ -3,9 +3,11 @@
 :func:`padded_logps` takes all logits and is the reference. :func:`row_logps` computes the logits
 of one chunk of rows after another.
 
-Each log-probability depends on a single hidden state, so its gradient is one vector. If the head is
-frozen, the forward pass of :func:`row_logps` stores these vectors. The backward pass multiplies
-them by the incoming gradient. Therefore logits are neither kept nor computed again.
+Each log-probability depends on a single hidden state. So the gradient of a log-probability is one
+vector. If the head is a frozen linear layer, the forward pass of :func:`row_logps` stores these
+vectors, one for each token. The backward pass multiplies each vector by the incoming gradient of
+the token. Therefore logits are neither kept nor computed again. For other heads, the backward pass
+computes the logits again.
 """
 
 from __future__ import annotations
@@ -79,8 +81,8 @@ def row_logps(
         hidden_TD: hidden states after the model's last norm.
         rows_N: for each target, the row of ``hidden_TD`` that predicts it. A row may appear twice.
         targets_N: token ids.
-        head: the output layer. If it is frozen, the Jacobian is stored; otherwise the logits are
-            computed again in the backward pass.
+        head: the output layer. If the head is a frozen linear layer, the forward pass stores the
+            Jacobian ``d log p / d hidden``. Otherwise the backward pass computes the logits again.
         chunk: number of rows whose logits are computed at once.
 
     Returns:
@@ -178,15 +180,17 @@ class _RowJacobian(torch.autograd.Function):
 
 
 class Spans(NamedTuple):
-    """The parts of one pair's scored rows, and the rows that are added up for each result.
+    """The parts of one pair's scored rows, and the rows that each of three sums includes.
 
     The scored rows have three parts: the common prefix, the rest of the chosen sequence and the
     rest of the rejected sequence. ``prefix``, ``chosen`` and ``rejected`` are the numbers of rows
     in these parts.
 
     There are three sums: for the chosen response, the rejected response and the NLL. Each sum
-    includes the rows of the prefix from ``*_in_prefix`` on, and the rows of a rest from
-    ``*_in_rest`` on. The NLL's sum uses the rest of the chosen sequence.
+    includes rows of two parts: the prefix and one rest. In each part, the rows from a given row to
+    the end are included. Example: the chosen sum includes the prefix from row ``chosen_in_prefix``
+    and the rest of the chosen sequence from row ``chosen_in_rest``. The sum for the NLL includes
+    rows of the same two parts as the chosen sum.
     """
 
     prefix: int
@@ -205,7 +209,7 @@ def packed_logps(logps_N: Tensor, spans: Sequence[Sequence[int]]) -> PairLogps:
 
     Args:
         logps_N: the result of :func:`row_logps` for the scored rows of all pairs.
-        spans: for each pair, the values of a :class:`Spans`.
+        spans: one sequence per pair: the fields of the pair's :class:`Spans`, in order.
     """
     chosen, rejected, nll, counted = [], [], [], []
     parts = logps_N.split([sum(span[:3]) for span in spans])
@@ -237,7 +241,7 @@ def padded_logps(
 ) -> PairLogps:
     """Return the log-probabilities of P pairs from the logits of their R padded rows.
 
-    All logits are in memory at once. This function is the reference for the other functions.
+    All logits are in memory at once. This function is the reference for :func:`row_logps`.
 
     Each response must have at least one token, because the mean of no tokens is 0/0. The data
     loading drops pairs with an empty response.

@@ -37,8 +37,8 @@ def checkpoint_layers(
 
     Args:
         layers: decoder layers of type ``GradientCheckpointingLayer``.
-        use_layout: a context manager. It sets the layout of a layer's first run again for its
-            second run, which may be on another thread.
+        use_layout: a context manager that sets a layout. A layer's second run may be on another
+            thread, where no layout is set. So use_layout sets the first run's layout there again.
         offload: if True, the layers' inputs are kept in host memory.
         has_dropout: whether the layers have dropout. If so, the second run uses the random state
             of the first run.
@@ -79,16 +79,19 @@ class HostStore:
 
     On a GPU, copies and computation run at the same time.
 
-    Forward pass: a tensor stays on the device until two more tensors have been saved. Then the
-    device's computation waits until the tensor has been copied, and later tensors may use its
-    device memory. ``record_stream`` is not used. With ``record_stream``, the allocator would decide
-    when memory is free. Because the host runs ahead of the device, the memory of several tensors
-    would be free too late.
+    Forward pass: the copy of a tensor to the host starts when the tensor is saved. The tensor stays
+    on the device until two more tensors have been saved. Then the computation on the device waits
+    for the end of the copy. After that, other tensors may use the tensor's device memory.
 
-    Backward pass: while a layer runs, the tensor for the next layer is copied to the device. So two
-    tensors are on the device. Their memory belongs to the stream of the computation.
+    ``record_stream`` is not used. With ``record_stream``, the allocator would decide when memory is
+    free. The host runs ahead of the device. So the memory of several tensors would be free too
+    late.
 
-    torch's and TRL's activation offloading do the same.
+    Backward pass: while a layer runs, the tensor for the next layer is copied to the device. So the
+    tensors of two layers are on the device. The memory of both tensors is allocated on the stream
+    of the computation.
+
+    Activation offloading in torch and in TRL works in the same way.
     """
 
     def __init__(self, count: int = 1) -> None:
@@ -99,7 +102,7 @@ class HostStore:
         self._leaving: deque[weakref.ref[_Stored]] = deque()
 
     def saving(self) -> AbstractContextManager[Any]:
-        """Return a context manager that keeps the tensors saved inside it in host memory."""
+        """Return a context manager. In its block, autograd saves float tensors in host memory."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
@@ -219,9 +222,10 @@ class HostPool:
     def place_for(self, tensor: Tensor, expected: int) -> _Place:
         """Return a place for a tensor. If no slab has enough free bytes, allocate a new slab.
 
-        ``expected`` is the number of tensors of this size that are still to come, this one
-        included. The new slab's size is the largest power of two that these tensors fill, so that
-        little memory is unused. But a slab is always large enough for this tensor.
+        ``expected`` is the number of tensors of this size that still need a place, including
+        ``tensor``. The new slab's size is a power of two: the largest one that is not above the
+        total size of the expected tensors. So little memory is unused. If this size is too small
+        for ``tensor``, the slab has the next larger power of two.
         """
         size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         fitting = [slab for slab in self._slabs if slab.free_bytes >= size]
@@ -282,9 +286,9 @@ class _Place(NamedTuple):
 def tile_mlps(layers: Sequence[nn.Module], tokens: int, *, has_dropout: bool) -> int:
     """Make each layer's MLP process its tokens in tiles. Return the number of MLPs changed.
 
-    A tile has ``tokens`` tokens. The backward pass computes each tile again. This includes the
-    MLP's last matrix product, although the backward pass does not need the product's result. Tiling
-    costs about 9% more FLOPs.
+    A tile has ``tokens`` tokens. The backward pass computes each tile again. The MLP's last matrix
+    product is also computed again, although its result is not needed. Tiling costs about 9% more
+    FLOPs.
     """
     found = 0
     for layer in layers:

@@ -134,7 +134,8 @@ def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: floa
     """Return the output of a 4-bit layer with its adapter, for few rows and without gradients.
 
     The arguments are those of :func:`lora_linear`; ``layer`` is the frozen 4-bit layer.
-    bitsandbytes chooses its kernel by GPU and shape. It dequantises the matrix if that is faster.
+    bitsandbytes chooses its kernel by GPU and shape. If a dequantised matrix is faster,
+    bitsandbytes dequantises the matrix.
     """
     import bitsandbytes as bnb
 
@@ -144,11 +145,11 @@ def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: floa
 
 
 def frozen_weight(layer: nn.Module) -> Weight | None:
-    """Return a function that returns a linear layer's matrix, or None if it is not supported.
+    """Return a function that returns the matrix of ``layer``.
 
-    The function dequantises a 4-bit matrix at each call. Two kinds of layers are not supported:
-    layers that are not linear, and 4-bit layers whose compute dtype is not the dtype of the
-    dequantised matrix.
+    The function dequantises a 4-bit matrix at each call. Two kinds of layers are supported:
+    nn.Linear, and 4-bit layers that replace an nn.Linear. If a 4-bit layer has a compute dtype,
+    this dtype must be the dtype of the dequantised matrix. For any other layer, the result is None.
     """
     # source_cls is the type of the layer that transformers has replaced by a 4-bit layer.
     if getattr(layer, "source_cls", nn.Linear) is not nn.Linear:

@@ -44,14 +44,15 @@ MULTIPROCESSORS = 192
 def varlen_workspace(query: Tensor, key: Tensor, value: Tensor, segments: int) -> list[Tensor]:
     """Return tensors of the sizes that FlashAttention 2 allocates for the backward pass of a row.
 
-    The sizes are from ``mha_varlen_bwd`` in torch's flash_attn/flash_api.cpp. The flash-attn
-    package allocates the same tensors: ``dq_accum``, the sum of the queries' gradient, and
-    ``softmax_d``, one number per query and head. Both are float32 and have 128 additional rows per
-    sequence. If query heads share keys and values, there are also gradients of keys and values for
-    each query head.
+    A row is packed: it holds one or more sequences. The sizes are from ``mha_varlen_bwd`` in
+    torch's flash_attn/flash_api.cpp. The flash-attn package allocates the same tensors:
+    ``dq_accum``, the sum of the queries' gradient, and ``softmax_d``, one number per query and
+    head. Both are float32 and have space for 128 additional tokens per sequence. If query heads
+    share keys and values, there are also gradients of keys and values for each query head.
 
-    Deterministic kernels allocate ``dq_accum`` several times, and more often for fewer sequences.
-    The size returned is the largest size for any number of sequences from 1 to ``segments``.
+    Deterministic kernels allocate several copies of ``dq_accum``. If a row has fewer sequences,
+    the kernels allocate more copies. The returned ``dq_accum`` has the largest size that a row
+    with 1 to ``segments`` sequences can need.
 
     Args:
         query: shape (T, H, E).
@@ -105,7 +106,7 @@ def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: in
     """Simulate the memory use of FlashAttention or a similar kernel (:class:`MetaAttention`).
 
     For FlashAttention, ``segments`` is the number of sequences in the row. For kernels that take
-    one sequence at a time, it is 0.
+    one sequence at a time, ``segments`` is 0.
     """
     out: Tensor = MetaAttention.apply(query, key, value, segments, 1)
     return out
@@ -114,9 +115,9 @@ def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: in
 def meta_padded_attention(query: Tensor, key: Tensor, value: Tensor, padding: int) -> Tensor:
     """Simulate the memory use of torch's memory-efficient kernel for tensors of shape (T, H, E).
 
-    The kernel pads each sequence to the length of the longest one. ``padding`` is an upper bound
-    for (number of rows with padding) / (number of rows without padding). Each query head must have
-    its own key head.
+    The kernel pads some of its own tensors: each sequence gets the length of the longest sequence.
+    With padding, such a tensor has at most ``padding`` times as many rows as without padding. Each
+    query head must have its own key head.
     """
     out: Tensor = MetaAttention.apply(query, key, value, 0, padding)
     return out

@@ -3,10 +3,11 @@
 A segment is a part of the row whose tokens attend to each other causally. A segment can have a
 prefix: another part of the row, to which all tokens of the segment attend too.
 
-If a pair shares its prompt, the row contains ``[prefix | chosen rest | rejected rest]``. The first
-segment is the prefix and the chosen rest. The second segment is the rejected rest, and its prefix
-is the shared one. So the rejected tokens attend as if they followed the prefix directly: the causal
-mask is aligned bottom-right.
+If a pair shares its prompt, the row contains ``[prefix | chosen rest | rejected rest]``: the common
+prefix of the two sequences, and then the rest of each sequence. The first segment is the common
+prefix and the chosen rest. The second segment is the rejected rest, and its prefix is the common
+prefix. So the rejected tokens attend as if they followed the common prefix directly. For this
+purpose, the causal mask is aligned bottom-right: the last query is at the position of the last key.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from torch import Tensor
 class Segment(NamedTuple):
     """The tokens ``start:stop`` of a row.
 
-    They attend to all tokens ``prefix_start:prefix_stop`` and, causally, to each other.
+    These tokens attend to all tokens ``prefix_start:prefix_stop``. They attend to each other
+    causally.
     """
 
     start: int
@@ -73,8 +75,8 @@ def use_layout(layout: Layout | None) -> Iterator[None]:
 def current_layout() -> Layout | None:
     """Return the layout that :func:`use_layout` has set, or None if none is set.
 
-    A checkpointed layer stores the layout for its second run, because that run may be on another
-    thread, which has no layout.
+    A checkpointed layer runs again in the backward pass. The second run may be on another thread,
+    which has no layout. Therefore the layer stores the layout of its first run.
     """
     return _current.get()
 
@@ -105,9 +107,9 @@ def as_sequences(
 
     Returns:
         Queries (T, H, E), keys (S, K, E), values (S, K, E') and ``lengths``. In keys and values,
-        each segment follows a copy of its prefix. ``lengths`` is (first index of each sequence of
-        queries, first index of each sequence of keys, length of the longest sequence of queries,
-        length of the longest sequence of keys).
+        each segment follows a copy of its prefix. ``lengths`` has four entries: the first index of
+        each sequence in the queries, the first index of each sequence in the keys, the length of
+        the longest sequence in the queries, the length of the longest sequence in the keys.
     """
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if any(segment.prefix_length for segment in segments):
@@ -136,9 +138,12 @@ def _starts(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor
 
 
 class Run(NamedTuple):
-    """Consecutive segments of similar length, as slices of a row's queries and keys.
+    """Consecutive segments of a row, with similar lengths.
 
-    ``starts_q`` and ``starts_k`` are the first index of each sequence within these slices.
+    ``queries`` and ``keys`` are slices of the queries and keys from :func:`as_sequences`.
+    ``starts_q`` contains the index at which each segment begins in the slice ``queries``, and then
+    the length of the slice. ``starts_k`` has the corresponding numbers for the slice ``keys``. In
+    ``keys``, a segment begins with a copy of its prefix.
     """
 
     queries: slice
@@ -187,14 +192,14 @@ def _is_similar(group: Sequence[Segment]) -> bool:
 
 
 def clear_row_caches() -> None:
-    """Delete the cached index tensors of recent rows, so that a measured step allocates them."""
+    """Empty the caches of recent rows. A measured step then allocates its index tensors again."""
     _key_index.cache_clear()
     _starts.cache_clear()
     similar_runs.cache_clear()
 
 
 def join_tokens(tensor: Tensor, prefix: slice, own: slice) -> Tensor:
-    """Return the tokens ``prefix`` followed by the tokens ``own``, as a view if prefix is empty."""
+    """Return the tokens at ``prefix``, then those at ``own``. Empty ``prefix``: return a view."""
     own_tokens = tensor[:, :, own]
     if prefix.stop <= prefix.start:
         return own_tokens

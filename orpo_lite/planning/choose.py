@@ -1,4 +1,4 @@
-"""Plan the memory settings of a training for the GPU that it runs on."""
+"""Plan the memory settings of a training for the GPU that runs the training."""
 
 from collections.abc import Collection, Generator
 from pathlib import Path
@@ -37,7 +37,7 @@ def choose_memory(
         inputs: the base and the tokenized pairs.
         path: the run folder. If the run is resumed, it may contain plan.json.
         processes: the processes of the run. All of them use the same plan.
-        changed: the recipe keys that differ from those of the run's start.
+        changed: the recipe keys whose values differ from the values at the start of the run.
 
     Raises:
         FitError: the training does not fit the budget with any memory settings.

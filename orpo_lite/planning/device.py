@@ -47,7 +47,13 @@ class UnusableGpu:
 
 
 def describe_device(device: torch.device, doing: str = "training") -> str:
-    """Return text for the user: the task, its device, and on a CPU the fault of an unusable GPU."""
+    """Return a text for the user: the task ``doing`` and the device.
+
+    Example: "training on the CPU (8 threads)".
+
+    If the device is the CPU and torch cannot use the machine's GPU, the text also gives the reason
+    and what to install.
+    """
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         memory, version = properties.total_memory / GIB, f"{properties.major}.{properties.minor}"
@@ -92,10 +98,10 @@ def refuse_slow_device(device: torch.device, wanted: str, name: str, config: Any
 
 
 def find_unusable_gpu() -> UnusableGpu | None:
-    """Return the first GPU of the driver if torch finds no GPU.
+    """Return the first GPU that the driver finds, if torch finds no GPU.
 
-    Return None if torch finds a GPU, if the driver (asked with NVML) finds none, or if
-    CUDA_VISIBLE_DEVICES hides all GPUs from torch.
+    The driver is asked with NVML. Return None if torch finds a GPU, if the driver finds no GPU, or
+    if CUDA_VISIBLE_DEVICES hides all GPUs from torch.
     """
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None

@@ -1,4 +1,7 @@
-"""Measure steps of models with few layers. Extrapolate their memory and time to all layers."""
+"""Predict the memory and time of a step of a model.
+
+Steps of models with few layers are measured, and extrapolated to the model's number of layers.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -32,15 +35,18 @@ def seconds(work: Mapping[tuple[int, int], int], sent: int, gpu: Gpu) -> float:
 
 
 class LayerExtrapolation:
-    """Predicts the memory and time of a step for any number of layers and fixed memory settings.
+    """Predicts the memory and time of a step for any number of layers. Memory settings are fixed.
 
-    Steps of models with two to four layers are measured. Memory peaks at one of two moments. The
-    first is the start of the backward pass, when everything that the layers keep is in memory. The
-    second is later, when a checkpointed layer is recomputed. At both moments, each further layer
-    adds a fixed number of bytes.
+    Steps of models with two to four layers are measured. Memory has its peak at one of two moments:
 
-    ``kept`` is the number of layers that are not checkpointed. Such a layer adds the same number of
-    bytes with and without offload.
+    - the start of the backward pass, when everything that the layers keep is in memory
+    - later in the backward pass, when a checkpointed layer is recomputed
+
+    At both moments, each further layer adds a fixed number of bytes. A layer that is not
+    checkpointed adds the same number of bytes with and without offload.
+
+    In the methods, ``layers`` is the number of layers of the model. ``kept`` is the number of these
+    layers that are not checkpointed.
     """
 
     def __init__(
@@ -55,7 +61,7 @@ class LayerExtrapolation:
         alike: "LayerExtrapolation | None" = None,
         untiled: "LayerExtrapolation | None" = None,
     ) -> None:
-        """Store the arguments. A step is measured when its result is first needed.
+        """Store the arguments. A step is measured later, when a result first needs it.
 
         Args:
             recipe: the recipe with the chosen memory settings.
@@ -66,8 +72,9 @@ class LayerExtrapolation:
             models: the cache of models from earlier measurements of the recipe; None for a new one.
             on_device: the extrapolation for the same settings without offload; None if these
                 settings have no offload.
-            alike: an extrapolation in which an un-checkpointed layer needs the same bytes and
-                operators. Its measurement is used. None: the layer is measured here.
+            alike: an extrapolation for other settings. With both settings, an un-checkpointed layer
+                must need the same bytes and the same operators. ``alike`` measures this layer for
+                both. None: this extrapolation measures the layer.
             untiled: the extrapolation for the same settings without MLP tiles and with the recipe's
                 ``head_chunk``; None if these settings have no MLP tiles.
         """
@@ -138,7 +145,7 @@ class LayerExtrapolation:
         return max(recomputing, backward)
 
     def work(self, layers: int, kept: int) -> Counter[tuple[int, int]]:
-        """Return (FLOPs, bytes moved) of an operator -> number of such operators in a step."""
+        """Count the operators of a step: (FLOPs, bytes moved) -> number of such operators."""
         total = Counter(self._two.work)
         parts = [(_added(self._two.work, self._three.work), layers - kept - self._few)]
         if kept:
@@ -154,16 +161,19 @@ class LayerExtrapolation:
         return self._two.tokens / self._two.pairs
 
     def seconds_per_token(self, layers: int, kept: int, gpu: Gpu) -> float:
-        """Return the estimated seconds per token of a step. The result is linear in ``kept``."""
+        """Return the estimated seconds per token of a step.
+
+        The result is linear in ``kept``, the number of layers that are not checkpointed.
+        """
         sent_by_layer = self._three.sent - self._two.sent
         sent = self._two.sent + (layers - kept - self._few) * sent_by_layer
         return seconds(self.work(layers, kept), sent, gpu) / self._two.tokens
 
     def least_peak(self, untiled: "LayerExtrapolation", kept: int) -> int:
-        """Return a lower bound of :meth:`peak`. It needs fewer measured steps.
+        """Return a lower bound of :meth:`peak`. The bound needs fewer measured steps than the peak.
 
-        ``untiled`` is the extrapolation without MLP tiles. One un-checkpointed layer is not
-        counted, because the first layer may keep nothing.
+        ``untiled`` is the extrapolation without MLP tiles. ``kept`` is a number of un-checkpointed
+        layers. The bound counts one layer less than ``kept``: the first layer may keep nothing.
         """
         on_device, plain = self._on_device or self, untiled._on_device or untiled
         return max(0, on_device._kept.peak - plain.checkpoint + (kept - 3) * self.layer)
@@ -171,10 +181,10 @@ class LayerExtrapolation:
     def least_seconds_per_token(
         self, untiled: "LayerExtrapolation", layers: int, kept: int, gpu: Gpu
     ) -> float:
-        """Return a lower bound of :meth:`seconds_per_token`. It needs fewer measured steps.
+        """Return a lower bound of :meth:`seconds_per_token`. The bound needs fewer measured steps.
 
-        ``untiled`` is the extrapolation without MLP tiles. MLP tiles only add work. So a
-        checkpointed layer with tiles takes at least as long as one without tiles.
+        ``untiled`` is the extrapolation without MLP tiles. The bound uses the time of checkpointed
+        layers without tiles. The time with tiles is never shorter, because tiles only add work.
         """
         plain = untiled._on_device or untiled
         without = untiled.seconds_per_token(layers, 0, gpu)

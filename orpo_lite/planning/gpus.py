@@ -67,7 +67,7 @@ def allowances(step: int, gpu: Gpu | None, *, deterministic: bool = False) -> di
     """Return a dict: name of an allowance -> its bytes.
 
     An allowance is an estimate of memory that a run needs in addition to tensors, such as the CUDA
-    context. ``step`` is the peak bytes of a step, without the tensors that stay on the device.
+    context. ``step``: the peak bytes of a step, without the tensors that are always on the device.
     """
     if not gpu:
         return {"fragmentation": int(FRAGMENTATION * step)}
@@ -133,7 +133,8 @@ def local_gpu(index: int = 0) -> LocalGpu | None:
 def memory_budget(wanted: int | None, local: LocalGpu | None) -> int | None:
     """Return the bytes that a run may use: the minimum of ``wanted`` and ``local.free``.
 
-    If one of ``wanted`` and ``local`` is None, only the other counts. If both are, return None.
+    If ``wanted`` is None, return ``local.free``. If ``local`` is None, return ``wanted``. If both
+    are None, return None.
     """
     sizes = []
     if wanted is not None:

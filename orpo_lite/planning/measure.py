@@ -70,13 +70,14 @@ def heaviest_pairs(
 ) -> list[TokenizedPair]:
     """Return pairs that need at least as much memory as any micro-batch of the given pairs.
 
-    If all pairs of a micro-batch are in one row, memory grows with three numbers: the tokens, the
-    segments (FlashAttention adds 128 rows for each), and the prefix tokens (attention repeats their
-    keys and values). In the returned pairs, each number is at its maximum over all possible
-    micro-batches.
+    If all pairs of a micro-batch are in one row, memory grows with three numbers: the numbers of
+    tokens, segments and prefix tokens. FlashAttention adds 128 rows for each segment.
+    Attention repeats the keys and values of prefix tokens. In the returned pairs, each of the three
+    numbers is at its maximum over all possible micro-batches.
 
-    Otherwise, the longest pairs are divided into micro-batches, and the largest micro-batch is
-    returned. If it has space for more tokens, one more pair fills the space.
+    If the pairs are in several rows, the longest pairs are divided into micro-batches. The largest
+    micro-batch is returned. If this micro-batch has fewer tokens than are allowed, one more pair
+    with the missing tokens is added.
     """
     most = recipe.training.global_batch_size
     if not (batching.packed and in_one_row):
@@ -131,10 +132,10 @@ class MetaModels:
         self._models: dict[int, PairModel] = {}
 
     def get(self, recipe: Recipe, config: Any, dtype: torch.dtype) -> PairModel:
-        """Return the model of this configuration with the recipe's memory settings.
+        """Return a model of this configuration with the recipe's memory settings.
 
-        Calls with the same number of layers share the modules of one model, and each call changes
-        them. So only use the model of the last such call.
+        Models with the same number of layers share their modules. Each call changes the modules.
+        So after a second call with the same number of layers, do not use the first call's model.
         """
         layers = int(config.get_text_config().num_hidden_layers)
         if layers not in self._models:
@@ -151,7 +152,9 @@ def measure(
     planned: PlannedRoute | None = None,
     models: MetaModels | None = None,
 ) -> StepMemory:
-    """Run a recipe's heaviest micro-batch forward and backward on meta. Return memory and work.
+    """Return the memory and the operators of a forward and backward pass on the meta device.
+
+    The pass has the pairs of the recipe's heaviest micro-batch: see :func:`heaviest_pairs`.
 
     Args:
         recipe: the recipe with the memory settings to measure.
@@ -226,7 +229,7 @@ def resident_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
     """Return (part -> bytes that stay on the device through all steps, paged bytes).
 
     Paged bytes are optimizer states that the driver may move to host memory. The part "optimizer"
-    includes them.
+    includes the paged bytes.
     """
     tensors_by_part = held_tensors(model)
     sizes = {name: sum(map(storage_bytes, tensors)) for name, tensors in tensors_by_part.items()}
@@ -245,8 +248,9 @@ def offloaded_embedding_bytes(model: PairModel) -> int:
 def loading_bytes(model: PairModel, resident: Mapping[str, int]) -> int:
     """Return the bytes on the device while the base is loaded.
 
-    They include the whole base, an embedding that is moved to host memory after loading, and the
-    16-bit tensors that transformers' loading threads hold before they quantise them.
+    The bytes are those of the whole base and of 16-bit tensors. The base includes an embedding that
+    is moved to host memory after loading. Each loading thread of transformers may hold one 16-bit
+    tensor that is not quantised yet.
     """
     quantised = [
         _elements(parameter)
@@ -260,7 +264,10 @@ def loading_bytes(model: PairModel, resident: Mapping[str, int]) -> int:
 
 @contextmanager
 def track_phases(backbone: Any, meter: LiveBytes) -> Iterator[None]:
-    """Set ``meter.phase`` in a forward pass to "batch", then "kept by the layers", then "head"."""
+    """Set ``meter.phase`` to the part of a forward pass that runs.
+
+    "batch": before ``backbone``. "kept by the layers": in ``backbone``. "head": after ``backbone``.
+    """
 
     def set_phase(name: str) -> Any:
         def hook(*_: Any) -> None:

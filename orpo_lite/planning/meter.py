@@ -30,9 +30,9 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors in use, as a context manager.
 
     A storage is counted from the operator that returns it until the storage is freed. Pass tensors
-    that existed before counting, such as weights, as ``known``. Otherwise they are counted at their
-    first use. Views and allocations inside kernels are not counted. Sizes are rounded up to 512
-    bytes.
+    that existed before counting, such as weights, as ``known``. Otherwise these tensors are counted
+    at their first use. Views are not counted, and neither are allocations inside kernels. Sizes are
+    rounded up to 512 bytes.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Prepare a step on the meta device: pairs of given lengths, and replacements for functions."""
+"""Prepare a step on the meta device: pairs of given lengths, and functions for meta tensors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +23,8 @@ def meta_attention(
 ) -> tuple[Tensor, None]:
     """Return a meta tensor in the shape of attention's output. No scores are computed.
 
-    For the backward pass, these are kept: queries, keys, values, output, and one number per query
-    and head.
+    Five tensors are kept for the backward pass: the queries, keys, values and output, and a tensor
+    with one number per query and head.
     """
     return meta_flash_attention(query, key, value).transpose(1, 2), None
 
@@ -33,7 +33,10 @@ AttentionInterface.register(META_ATTENTION, meta_attention)
 
 
 def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Return part of a model -> tensors that it keeps on its device. Each storage appears once."""
+    """Return a dict: the name of a part of the model, such as "adapter" -> the part's tensors.
+
+    Only tensors on the model's device are in the dict. Each storage appears once.
+    """
     parts: dict[str, list[Tensor]] = {"base": [], "embeddings, head, norms": [], "adapter": []}
     own: Any = model.causal if isinstance(model, PairModel) else model
     ends = [
@@ -70,10 +73,10 @@ def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
 def patched_for_meta() -> Iterator[None]:
     """Replace two functions that do not work on meta tensors, inside the ``with`` block.
 
-    ``torch.autocast`` fails for the device type meta. peft's adapters of experts call this function
-    to turn autocast off. transformers' ``find_packed_sequence_indices`` reads the values of
-    positions, and meta tensors have no values. Its result is not needed here, because each row is
-    one sequence.
+    ``torch.autocast`` fails for the device type meta. peft's adapters of experts call
+    ``torch.autocast`` to turn autocast off. transformers' ``find_packed_sequence_indices`` reads
+    the values of positions, and meta tensors have no values. The replacement of this function
+    returns None, because each row is one sequence and the indices are not needed.
     """
     plain: Any = torch.autocast
     search = masking_utils.find_packed_sequence_indices
@@ -95,12 +98,15 @@ Triples = NDArray[np.int64]
 
 
 def worst_case(max_length: int, pairs: int) -> Triples:
-    """Return the token counts of ``pairs`` pairs: twice ``max_length`` tokens, no common prefix."""
+    """Return the token counts of ``pairs`` pairs of maximal length.
+
+    Both sequences of a pair have ``max_length`` tokens. The sequences have no common prefix.
+    """
     return np.tile(np.array([[0, max_length, max_length]]), (pairs, 1))
 
 
 def blank_pairs(triples: Triples) -> list[TokenizedPair]:
-    """Return pairs with these token counts. Their token ids have no meaning: meta ignores them."""
+    """Return pairs with the given token counts. The token ids mean nothing on the meta device."""
     pairs = []
     for prefix, chosen, rejected in triples.tolist():
         chosen_ids = np.zeros(chosen, np.int32)

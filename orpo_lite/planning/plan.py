@@ -80,13 +80,13 @@ class PlanReport:
 def plan(recipe: Recipe, *, with_data: bool = False) -> PlanReport:
     """Plan a recipe for this machine's GPU, within ``memory.budget`` if this key is set.
 
-    If there is no GPU, plan for ``memory.budget``. If this key is not set either, plan for the
-    smallest known GPU with at least 24 GB on which the training fits. If there is none, plan for
-    the largest known GPU.
+    Without a GPU, plan for ``memory.budget``. If ``memory.budget`` is also not set,
+    plan for the smallest known GPU with at least 24 GB on which the training fits. If the training
+    fits on no known GPU, plan for the largest known GPU.
 
     Args:
-        recipe: the recipe. The weights of its base are not read, only its configuration. For a
-            shipped recipe, this needs no network.
+        recipe: the recipe. The configuration of the base is read, but not the weights. For the base
+            of a shipped recipe, reading the configuration needs no network.
         with_data: if True, tokenize the data and plan for its longest pairs. If False, plan for
             pairs of two sequences of ``data.max_length`` tokens with no common prefix.
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedRoute:
-    """A predicted route of pairs: see :data:`orpo_lite.model.pair_model.Route`."""
+    """The predicted route of pairs. The routes: :data:`orpo_lite.model.pair_model.Route`."""
 
     route: Route
     attention: str | None
@@ -41,7 +41,7 @@ class PlannedRoute:
     """Why the route of the recipe cannot be used; "" if it is used."""
 
     def apply(self, model: PairModel, kind: str) -> None:
-        """Make a model on meta use this route. ``kind`` is the kind of device to plan for."""
+        """Set this route in a model on the meta device. ``kind``: the device kind to plan for."""
         model.target_kind = kind
         if self.route != model.route:
             model.fall_back(self.route, self.reason)
@@ -50,18 +50,22 @@ class PlannedRoute:
 
 
 def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> PlannedRoute:
-    """Return the fastest route on which all layers can use this package's attention.
+    """Return the route that the probe before the training is expected to choose.
 
-    This package registers its attention function in transformers. Most layers call the registered
-    function, but layers with ALiBi or linear attention do not. The function also refuses attention
-    sinks and masks. If there is no route on which all layers can use it, each sequence goes through
-    the model alone.
+    If all layers can use this package's attention, the route is shared or packed, as the recipe
+    says. Otherwise the route is rows: each sequence goes through the model alone. The route is also
+    rows if the model's rotary embedding changes with the length. A recipe without packing uses no
+    route.
 
-    Meta tensors have no values. So an error that only changes values is not found here, but by the
-    probe before the training.
+    This package registers an attention function in transformers. Most layers call this function,
+    but layers with ALiBi or linear attention do not. The attention function refuses attention sinks
+    and masks.
+
+    Meta tensors have no values. So ``find_route`` cannot detect that a route gives wrong values.
+    The probe detects this.
 
     Raises:
-        One of MODEL_CODE_ERRORS: the model does not run on meta at all.
+        One of MODEL_CODE_ERRORS: the model cannot be built on meta.
     """
     preferred: Route = "shared" if recipe.memory.prompt_sharing else "packed"
     longest = int(triples[:, 1:].max())
@@ -129,7 +133,10 @@ def _one_layer_of_each_type(config: Any) -> Any:
 
 
 def with_layers(config: Any, layers: int) -> Any:
-    """Return a copy with ``layers`` layers. If the configuration has fewer, they are repeated."""
+    """Return a copy of a configuration, with ``layers`` layers.
+
+    Lists with one entry per layer are cut, or are repeated from their start: [a, b] -> [a, b, a].
+    """
     config = copy.deepcopy(config)
     text = config.get_text_config()
     for key, value in vars(text).items():

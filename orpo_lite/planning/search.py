@@ -64,7 +64,7 @@ class GpuRow:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Memory settings, and the memory and time that a step needs with them."""
+    """Memory settings, and the memory and time that a step needs with these settings."""
 
     settings: Mapping[str, Any]
     """Key of ``memory`` -> value."""
@@ -90,12 +90,12 @@ class MemoryPlan:
 
     @property
     def allowances(self) -> dict[str, int]:
-        """Name -> bytes that are needed in addition to tensors, such as for the CUDA context."""
+        """Name of an allowance, such as CUDA context -> bytes needed in addition to tensors."""
         return self._allowances(self.measured.peak)
 
     @property
     def needed(self) -> int:
-        """The bytes for a step or for loading the base, whichever is larger, with allowances."""
+        """Bytes of a step or of loading the base, whichever is larger. Both include allowances."""
         loading = self.measured.loading + sum(self._allowances(0).values())
         return max(self.peak + sum(self.allowances.values()), loading)
 
@@ -109,7 +109,7 @@ class MemoryPlan:
 
     @property
     def flops_per_pair(self) -> float:
-        """FLOPs of the measured forward and backward pass, divided by its number of pairs."""
+        """FLOPs of the measured forward and backward pass, divided by the number of pairs."""
         flops = sum(flops * count for (flops, _), count in self.measured.work.items())
         return flops / self.measured.pairs
 
@@ -121,7 +121,7 @@ class MemoryPlan:
         return seconds(self.measured.work, self.measured.sent, self.gpu) / self.measured.pairs
 
     def sentences(self, others: int = 0) -> list[str]:
-        """Return the plan as three lines for the user: memory, memory settings, and largest pass.
+        """Return three lines for the user: memory, memory settings, and the heaviest micro-batch.
 
         ``others``: bytes of the GPU that other processes use.
         """
@@ -164,7 +164,7 @@ class MemoryPlan:
 
 
 class Planner:
-    """Plans one recipe for any budget. Each extrapolation is made once, when it is first needed."""
+    """Plans one recipe for any budget. Each :class:`LayerExtrapolation` is made once, if needed."""
 
     def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str) -> None:
         self.recipe, self.config, self.triples, self.kind = recipe, config, triples, kind
@@ -218,7 +218,7 @@ class Planner:
         return [*found, self.smallest_settings()]
 
     def smallest_settings(self) -> dict[str, Any]:
-        """Return the settings that need the least memory, without ``activation_checkpointing``."""
+        """Return the settings, except ``activation_checkpointing``, that need the least memory."""
         memory = self.recipe.memory
         smallest: dict[str, Any] = {
             "head_chunk": SMALL_CHUNK,
@@ -259,7 +259,7 @@ class Planner:
         return [kept for kept in amounts if kept < self.layers or not partly]
 
     def extrapolation(self, choice: Mapping[str, Any]) -> LayerExtrapolation:
-        """Return the extrapolation for a choice. It does not depend on ``embedding_on_cpu``."""
+        """Return the extrapolation of a step's memory and time. Ignore ``embedding_on_cpu``."""
         known = self._extrapolations.get(_step_key(choice))
         if known is not None:
             return known
@@ -291,7 +291,7 @@ class Planner:
         return found
 
     def fastest_settings(self, budget: int | None, gpu: Gpu | None) -> dict[str, Any] | None:
-        """Return the fastest settings that fit by extrapolation; None if no settings fit."""
+        """Return the fastest settings that fit, or None. Time and memory are extrapolated."""
         fastest: dict[str, Any] | None = None
         fastest_time = math.inf
         for choice in self.choices():
@@ -342,7 +342,7 @@ class Planner:
         )
 
     def run(self, settings: Mapping[str, Any], budget: int | None, gpu: Gpu | None) -> MemoryPlan:
-        """Measure a step of the whole model with these settings, and return the plan."""
+        """Measure a step of the whole model with memory settings ``settings``. Return the plan."""
         found = measure(
             self.recipe.with_memory(settings),
             self.config,
@@ -354,7 +354,7 @@ class Planner:
         return MemoryPlan(settings, budget, gpu, found, self.recipe.training.full_determinism)
 
     def plan(self, budget: int | None, gpu: Gpu | None) -> MemoryPlan:
-        """Return the fastest plan that fits the budget. It is measured with all layers.
+        """Return the fastest plan that fits the budget, measured with all layers of the model.
 
         If nothing fits, return the plan that needs the least memory.
         """
@@ -372,7 +372,7 @@ class Planner:
         return self.run(smallest, budget, gpu)
 
     def row(self, gpu: Gpu) -> GpuRow:
-        """Return the row of a GPU: the fastest settings that fit, or else the least bytes."""
+        """Return a GPU's row: the fastest settings that fit, or None and :meth:`least_bytes`."""
         settings = self.fastest_settings(gpu.memory, gpu)
         if settings is None:
             return GpuRow(gpu, None, self.least_bytes(gpu), None)
@@ -402,7 +402,7 @@ class Planner:
         return sum(allowances(step, gpu, deterministic=deterministic).values())
 
     def changes(self, budget: int, gpu: Gpu | None) -> list[Change]:
-        """Return changes of the recipe that save memory, and whether the training then fits."""
+        """Return changes of the recipe that save memory. ``fits``: this change alone is enough."""
         recipe, memory = self.recipe, self.recipe.memory
         settings: dict[str, Any] = {
             f"memory.{name}": "auto" for name in PLANNED_SETTINGS if getattr(memory, name) != "auto"
@@ -450,7 +450,7 @@ def _step_key(choice: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def no_plan(name: str, error: Exception) -> ModelError:
-    """Return the error for a model whose memory cannot be measured on meta."""
+    """Return the error for a model whose memory cannot be measured with meta tensors."""
     logger.warning("the step could not be measured", exc_info=error)
     return ModelError(
         where=f"model {name}",
@@ -465,7 +465,7 @@ def fit(
     """Return the fastest plan within ``budget`` bytes.
 
     Raises:
-        FitError: nothing fits. Its fix lists the changes of the recipe that would fit.
+        FitError: no plan fits. The fix lists the recipe changes that are enough, if there are any.
     """
     planner = Planner(recipe, config, triples, kind)
     plan = planner.plan(budget, gpu)
@@ -475,7 +475,7 @@ def fit(
 
 
 def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
-    """Return the error for a plan that does not fit. Its fix lists the changes that would fit."""
+    """Return the error for a plan that does not fit. The fix lists the changes that are enough."""
     found = f"at least {gib(plan.needed)} are needed, and the budget is {gib(plan.budget or 0)}"
     lines = []
     for change in changes:

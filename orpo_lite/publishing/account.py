@@ -15,7 +15,8 @@ ROLES = ("write", "contributor", "admin")  # roles in an organisation that may w
 class WrongTargetError(HubError):
     """The owner or the visibility of the requested repository is wrong.
 
-    ``instead`` and ``is_private`` are a name and a visibility to use instead.
+    Two attributes describe another push, which the fix suggests. ``instead`` is the name of the
+    repository, and ``is_private`` is the repository's visibility.
     """
 
     def __init__(self, *, instead: str, is_private: bool, **message: str) -> None:
@@ -39,15 +40,16 @@ class Target:
 
 
 def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
-    """Ask the hub whether the account may create a repository or write to it. Change nothing.
+    """Ask the hub whether the token's account may create or write to a repository. Change nothing.
 
     Args:
-        repository: owner/name, or only a name. Without owner, the account is the owner.
+        repository: owner/name, or only a name. If no owner is given, the account is the owner.
         is_private: True for a private repository. An existing repository must have this visibility
             already.
 
     Raises:
-        HubError: the hub cannot be reached, or there is no token with write access.
+        HubError: the hub cannot be reached, there is no token, or the token or the account has no
+            write access.
         WrongTargetError: the account may not use this owner, or the repository exists and has
             another visibility.
     """
@@ -89,7 +91,10 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
 
 
 def find_target(repository: str, is_private: bool) -> Attempt[Target]:
-    """Do the same as :func:`check_target`, but do not check HF_ENDPOINT, offline mode and token."""
+    """Ask the hub whether the account may create a repository or write to it. Change nothing.
+
+    HF_ENDPOINT, offline mode and token are checked by :func:`check_target`, not by this function.
+    """
     where = f"hub, {repository}"
     account = yield from retry(where, "reading the account", _whoami)
     repository = repository if "/" in repository else f"{account.name}/{repository}"

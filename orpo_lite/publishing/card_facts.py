@@ -167,7 +167,10 @@ class Facts:
 
     @property
     def base_name(self) -> str:
-        """Return the base's name for a command in the card, or "BASE" if it is not on the hub."""
+        """Return the base's name for a command in the card.
+
+        If the base is not on the hub, return "BASE".
+        """
         return self.lock["base"]["name"] if self.is_hub_base else "BASE"
 
     @property
@@ -188,9 +191,10 @@ class Facts:
 
 
 def read_objective(recipe: Recipe, lock: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the description of the loss that lock.json contains.
+    """Return the loss's description from lock.json.
 
-    Older versions did not write this description. For their runs, it is made from the recipe.
+    Older versions did not write this description. For runs of older versions, the description is
+    made from the recipe.
     """
     if "objective" in lock:
         check_values(lock, {"objective": dict}, "lock.json")
@@ -270,10 +274,11 @@ def make_metadata(facts: Facts) -> ModelCardData:
 
 
 def licence_metadata(facts: Facts) -> dict[str, Any]:
-    """Return the licence entries of the base's card, changed for the metadata of our card.
+    """Return the licence entries of the base's card, changed for the metadata of the run's card.
 
-    A relative ``license_link`` becomes a URL if the base is on the hub, else a file name. A link
-    that leads out of the repository is removed.
+    A relative ``license_link`` becomes a URL if the base is on the hub; otherwise, the link becomes
+    its file name. A link that leads out of the repository is removed. If the base's card has
+    ``license_name`` but no ``license``, ``license`` becomes ``other``.
     """
     found = dict(facts.licence)
     link = found.get("license_link", "")

@@ -35,7 +35,7 @@ def seal(text: str) -> str:
 
 
 def is_unedited(card: str) -> bool:
-    """Return True if the hash in a card's comment matches its text, so that nobody edited it."""
+    """Return True if nobody edited a card: the text matches the hash in the last comment."""
     found = SEAL.search(card)
     return found is not None and seal(card[: found.start()]) == card
 
@@ -75,7 +75,7 @@ def loads_adapter(card: str) -> bool:
 
 
 def complete_card(path: Path, own: str, options: CardOptions) -> str:
-    """Return an edited card for a push. Its metadata are completed.
+    """Return the card to push: the card that a person has edited, with complete metadata.
 
     In the text, only the placeholder OWNER/NAME is replaced by the name of the repository.
 

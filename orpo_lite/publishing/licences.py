@@ -1,6 +1,6 @@
-"""Read the licences of base and datasets from their cards, and apply their rules for publishing.
+"""Read licences from the cards of base and datasets. Apply the licences' rules for publishing.
 
-A licence is never guessed. If the base's card names no licence, our model card names none either.
+A licence is never guessed. If the base's card names no licence, the new model card names none.
 """
 
 import os
@@ -108,15 +108,15 @@ def licence_names(licence: Mapping[str, Any]) -> list[str]:
 
 
 def licence_text(licence: Mapping[str, Any]) -> str:
-    """Return a card's licence names as one text, such as "mit, gemma", or "" if it has none."""
+    """Return a card's licence names as one text: "mit, gemma", or "" if the card has none."""
     names = licence_names(licence)
     return ", ".join([name for name in names if name.lower() != "other"] or names)
 
 
 def find_terms(licence: Mapping[str, Any]) -> list[Terms]:
-    """Return what the base's licences require. Only Llama's and Gemma's licences are known.
+    """Return the terms of each Llama or Gemma licence of the base. Other licences are ignored.
 
-    ``licence`` holds the licence entries of the base's card. Other licences are left out.
+    ``licence`` holds the licence entries of the base's card.
     """
     found: list[Terms] = []
     for text in map(str.lower, licence_names(licence)):
@@ -251,7 +251,7 @@ def _is_inside(file: Path) -> bool:
 
 
 def read_text(file: bytes | Path) -> str:
-    """Return the text of a file. ``file`` is the path or the content of the file."""
+    """Return the text of a file. ``file`` is the path, or the content as bytes."""
     content = file if isinstance(file, bytes) else file.read_bytes()
     return content.decode("utf-8", "replace")
 
@@ -276,15 +276,15 @@ def fetch_license_files(
 ) -> Path | None:
     """Download the card and the licence files of a repository, and return their folder.
 
-    If the card is in the cache, the hub is not asked. Return None if there is no card or the hub
-    cannot be reached.
+    Return None if no card is found, or if the hub is asked and cannot be reached.
 
     Args:
         name: the name of the repository.
         revision: the commit of the repository, or None for the newest commit.
-        folder: the folder of a local base, or None. If it is given, it is returned at once.
+        folder: the folder of a local base, or None. If a folder is given, this function only
+            returns the folder.
         repo_type: "model" or "dataset".
-        cached: True: use files in the cache. False: always ask the hub.
+        cached: True: ask the hub only if the card is not in the cache. False: always ask the hub.
     """
     if folder is not None:
         return folder

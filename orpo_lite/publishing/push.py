@@ -90,8 +90,8 @@ def push(
 ) -> PushResult:
     """Push the adapter of a run, or its merged model, in one commit.
 
-    The commit also removes weights and configurations of an earlier push if this push does not
-    replace them.
+    The repository may have weights and configurations from an earlier push. If this push does not
+    replace such a file, the commit removes the file.
 
     Args:
         run_folder: the folder of a finished run.
@@ -426,7 +426,8 @@ def _header(content: Path | bytes) -> str:
 def check_push(recipe: Recipe, *, resume: bool) -> Generator[Update, None, None]:
     """Check before the training that the push after the training is possible.
 
-    If the push is not possible, raise :class:`HubError`. For a resumed run, yield a note instead.
+    If the push is not possible, raise :class:`HubError`. For a resumed run, yield a note instead
+    of the error.
     If ``output.push_to_hub`` is false, check nothing.
     """
     if not recipe.output.push_to_hub:
@@ -447,7 +448,8 @@ def check_push(recipe: Recipe, *, resume: bool) -> Generator[Update, None, None]
 def find_licences(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     """Return the licences of base and data, for lock.json.
 
-    If ``output.push_to_hub`` is true, check that the base's licence allows the push.
+    If ``output.push_to_hub`` is true, check that the base's licence allows the repository's name,
+    and that all texts that the licence requires exist.
 
     Raises:
         RecipeError: the base's licence does not allow the repository's name.

@@ -322,7 +322,7 @@ def server_message(error: BaseException) -> str:
 
 @contextmanager
 def with_timeouts() -> Any:
-    """Limit how long and how often huggingface_hub tries a request in this context."""
+    """Limit how long, and how often, huggingface_hub tries a request in the ``with`` block."""
     before = _http._GLOBAL_CLIENT_FACTORY
     failed: Counter[str] = Counter()
 

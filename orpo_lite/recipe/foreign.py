@@ -166,8 +166,10 @@ BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 def answer_unknown(written: dict[str, Written]) -> Iterator[RecipeError]:
     """Remove unknown keys from ``written``, and yield an error for each unknown key.
 
-    If the key is from another tool (such as TRL), the error names our key with the same meaning.
-    Otherwise the error names our most similar key.
+    If the key is from another tool (such as TRL), the error names this package's key for the same
+    purpose, or explains why this package has no such key. Otherwise the error names the first of
+    these that exists: the key with its section (``r`` -> ``lora.r``), a similar key, a similar
+    section. If none exists, the error names all sections.
     """
     known = {f"{section}.{key}" for section, keys in KEYS.items() for key in keys}
     batch = [f"{section}{key}" for section in ("", "training.") for key in BATCH_KEYS]

@@ -1,8 +1,8 @@
 """The schema of a recipe: eight sections, their keys, types and defaults.
 
-If TRL, transformers or peft has a key, the recipe uses the same name. Defaults are defined only
-here. A recipe file needs only the values that differ from the defaults. This module does not import
-torch.
+If TRL, transformers or peft has the same setting, the recipe uses the same name for the key.
+Defaults are defined only here. A recipe file needs only the values that differ from the defaults.
+This module does not import torch.
 """
 
 import textwrap
@@ -289,9 +289,10 @@ class TrainingSection(Section):
 
 
 class MemorySection(Section):
-    """The memory settings of a step, with our own names. They do not change loss or gradient.
+    """The memory settings of a step. These settings do not change loss or gradient.
 
-    The plan (``orpo-lite plan``) chooses each value that is auto, except the budget.
+    The keys have names of orpo-lite, not of transformers' TrainingArguments. The plan
+    (``orpo-lite plan``) chooses each value that is auto, except the budget.
     """
 
     budget: Annotated[str, BeforeValidator(check_budget)] = "auto"
@@ -331,8 +332,8 @@ class MemorySection(Section):
     def unplanned(self) -> "MemorySection":
         """Return a copy for a training without a plan.
 
-        In the copy, these keys have another value instead of auto: activation_checkpointing (all),
-        mlp_tile (null), checkpoint_offload (false) and embedding_on_cpu (false).
+        In the copy, the value auto of four keys is replaced: activation_checkpointing -> all,
+        mlp_tile -> null, checkpoint_offload -> false, embedding_on_cpu -> false.
         """
         plain: dict[str, Any] = {"activation_checkpointing": "all", "mlp_tile": None}
         plain |= {"checkpoint_offload": False, "embedding_on_cpu": False}

@@ -1,4 +1,4 @@
-"""Convert sizes with units to bytes and back, and write values of a recipe as one line of YAML."""
+"""Convert a size such as "24GiB" to bytes and back. Write a recipe's value as one line of YAML."""
 
 import re
 from dataclasses import dataclass

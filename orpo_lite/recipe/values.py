@@ -13,7 +13,7 @@ from orpo_lite.recipe.text import read_bytes
 
 
 def read_steps(value: object) -> float:
-    """Return a share of all steps (below 1) or a whole number of steps, as a float.
+    """Return a float: a share of all steps if it is below 1, otherwise a whole number of steps.
 
     transformers' TrainingArguments reads its step settings in the same way.
     """
@@ -59,8 +59,8 @@ def read_module_names(value: object) -> object:
 def read_names(value: object) -> object:
     """Split a text with several names into a list: "a,b" or the JSON '["a", "b"]' -> ["a", "b"].
 
-    A text without commas is returned unchanged. The path of an existing file or folder is returned
-    unchanged too, because a path may contain a comma.
+    A text without commas that is not JSON is returned unchanged. The path of an existing file or
+    folder is returned unchanged too, because a path may contain a comma.
     """
     if not isinstance(value, str) or Path(value).expanduser().exists():
         return value
@@ -96,7 +96,7 @@ BASE_CHANGING = {"pissa", "olora", "loftq", "corda", "eva", "lora-ga", "lora"}
 
 
 def check_lora_init(value: object) -> object:
-    """Return the value of init_lora_weights, with the text "true" as True.
+    """Return the value of init_lora_weights. The text "true" becomes True.
 
     Refuse methods that change the base's weights, such as PiSSA.
     """

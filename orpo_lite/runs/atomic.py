@@ -43,7 +43,7 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write into. At the end, it replaces the folder ``final``.
+    """Yield a temporary folder to write into. At the end, the temporary folder replaces ``final``.
 
     The temporary folder is flushed to the disk first. After an error, the temporary folder is
     removed, and ``final`` is unchanged. Raises the same errors as :func:`write_text`.
@@ -115,7 +115,7 @@ def _sync_all(folder: Path) -> list[Path]:
 
 @contextmanager
 def explain_write_errors(final: Path, temporary: Path) -> Iterator[None]:
-    """If the code in the context fails to write, raise an error that has a fix.
+    """If the code in the ``with`` block fails to write, raise an error that has a fix.
 
     Args:
         final: the path of the file or folder, for messages.

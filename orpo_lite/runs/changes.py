@@ -94,9 +94,9 @@ _DEFAULTS: dict[str, Any] = {
 def values_at_start(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``section.key`` -> value at the start of a run.
 
-    If the run's version of orpo-lite did not have a key yet, the key gets its default. Old versions
-    recorded at most the section lora in lock.json. For runs of these versions, the other values are
-    read from recipe.yaml.
+    If a key did not exist in the version of orpo-lite that made the run, the key gets its default.
+    Old versions recorded only the section lora in lock.json, or nothing. For runs of old versions,
+    all values that are not in lock.json are read from recipe.yaml.
     """
     if "recipe" in lock:
         check_values(lock, {"recipe": dict}, str(path / "lock.json"))
@@ -107,7 +107,7 @@ def values_at_start(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def values_in_force(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``section.key`` -> value after all changes, as used by the newest step of a run."""
+    """Return ``section.key`` -> value after all changes of a run: the value in the newest step."""
     changes = read_changes(lock, str(path / "lock.json"))
     return values_at_start(path, lock) | {
         change.key: change.after for change in changes if is_recipe_key(change.key)
@@ -122,8 +122,8 @@ def is_recipe_key(key: str) -> bool:
 def trained_recipe(path: Path) -> Recipe:
     """Return the recipe that a run was trained with, for commands that use the trained adapter.
 
-    If recipe.yaml was edited after the training, only new paths of the base, the data and the
-    template are taken from it. Other edits have no effect here; ``train --resume`` applies them.
+    If recipe.yaml was edited after the training, this function uses only the new paths of the base,
+    the data and the template. Other edits have no effect here; ``train --resume`` applies them.
 
     Raises:
         CheckpointError: the folder is not a run, or recipe.yaml has a new value for a key that must
@@ -169,11 +169,11 @@ def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def find_changes(path: Path, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
-    """Compare a recipe with the values in a run's newest step, before the run is resumed.
+    """Compare ``recipe`` with the recipe values of a run's newest step. Call this before a resume.
 
     Returns:
-        The recipe to resume with, and ``section.key`` -> new value for each changed key. If
-        ``recipe`` does not set a key, the run's value is kept.
+        The recipe with which the run is resumed, and ``section.key`` -> new value for each changed
+        key. If ``recipe`` does not set a key, the value of the run is kept.
 
     Raises:
         CheckpointError: a key that must not change has a new value, or a new num_train_epochs has
@@ -269,9 +269,9 @@ def record_changes(
 ) -> None:
     """Record in recipe.yaml and lock.json that a run continues after ``step`` with new values.
 
-    If the run continues from an older checkpoint, lock.json may have changes at steps after
-    ``step``. The run now repeats these steps with the changed values. So the changes are recorded
-    at ``step`` instead.
+    If the run continues from an older checkpoint, lock.json may already have changes at later
+    steps. The run repeats the steps after ``step`` with the values of these changes. So these
+    changes move to ``step``. Example for step 100: a change after step 200 -> after step 100.
 
     recipe.yaml is written first. If the process is killed before lock.json is written, the next
     resume finds the change in recipe.yaml.
@@ -329,7 +329,7 @@ def _merged(changes: Iterable[Change]) -> list[Change]:
 def other_versions(
     path: Path, old: Mapping[str, Any], lock: Mapping[str, Any]
 ) -> dict[str, tuple[str, str]]:
-    """Return ``versions.NAME`` -> (old version, new version) for each package that changed.
+    """Return the changed packages: ``versions.NAME`` -> (old version, new version).
 
     The newest step of the run used the old version. The new version is installed now.
 

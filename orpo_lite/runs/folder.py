@@ -27,8 +27,8 @@ from orpo_lite.runs.records import read_json
 def locked(path: Path) -> Iterator[list[str]]:
     """Lock the run folder, so that no other process uses it while the context is open.
 
-    Yield a list of warnings for the user. There is one if the file system has no locks, and one if
-    the file system cannot flush a folder to the disk.
+    Yield a list of warnings for the user. A warning is in the list if the file system has no locks.
+    Another warning is in the list if the file system cannot flush a folder to the disk.
 
     Raises:
         CheckpointError: another process uses the folder, or it is not writable.
@@ -202,7 +202,7 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
 
     Args:
         path: the run folder.
-        weights: the weights of the base that the adapter was merged into.
+        weights: the base weights into which the adapter was merged.
 
     Raises:
         CheckpointError: the merged model is missing or incomplete, or was made from another
@@ -233,7 +233,10 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
 
 
 def adapter_sha256(adapter: Path) -> str:
-    """Return a hash of an adapter's weights and settings, except its base's name and revision."""
+    """Return a hash of an adapter's weights and settings.
+
+    The name and the revision of the adapter's base are ignored.
+    """
     config = read_json(adapter / "adapter_config.json")
     used = {
         key: value
@@ -251,8 +254,8 @@ def find_trained_base(
 
     Args:
         path: the run folder.
-        folder: the base's new folder, if the base was moved, else None.
-        command: the orpo-lite command that the fix of an error shows, such as "merge".
+        folder: the folder that the base was moved to; None if the base was not moved.
+        command: the orpo-lite command that the fix of an error suggests, such as "merge".
 
     Raises:
         ModelError: the base's folder does not exist or holds another base.

@@ -54,7 +54,7 @@ class Inputs:
 
 
 def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
-    """Find and check the base, chat template, target modules, data and tokens.
+    """Find and check the base, chat template, target modules, data and tokenized pairs.
 
     Yield progress, and finally return the inputs. The weights of the base are not downloaded yet.
     """
@@ -90,7 +90,7 @@ class Preview:
 
 
 def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None, Preview]:
-    """Read and tokenize the data as :func:`prepare_inputs` does, and return what to show of it.
+    """Read and tokenize the data as :func:`prepare_inputs` does. Return what to show of the data.
 
     Yield progress first. Only the text files of the base (config, tokenizer) are downloaded.
 

@@ -1,4 +1,4 @@
-"""Collect SIGINT, SIGTERM and SIGHUP, so that the training can save the current step first."""
+"""Collect SIGINT, SIGTERM and SIGHUP, so that a training saves its current step before it stops."""
 
 import signal
 import threading
@@ -29,9 +29,10 @@ class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
 def collect_signals() -> Iterator[list[int]]:
     """Yield a list. The number of each received SIGINT, SIGTERM or SIGHUP is added to the list.
 
-    The caller must read the list and stop. A second SIGINT raises KeyboardInterrupt. If the process
-    ignores SIGHUP, as under nohup, SIGHUP stays ignored: the training continues after the terminal
-    is closed. Outside the main thread, no signals are collected.
+    The caller must read the list, and stop after a signal. A second SIGINT raises
+    KeyboardInterrupt. If the process ignores SIGHUP, as under nohup, SIGHUP stays ignored: the
+    training continues after the terminal is closed. Outside the main thread, no signals are
+    collected.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -92,7 +92,8 @@ def with_pinned_base(recipe: Recipe, lock: Mapping[str, Any]) -> Recipe:
 def make_lock(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     """Return the content of lock.json: package versions, and hashes of base, data and template.
 
-    They identify everything that is needed to repeat the run or to merge its adapter.
+    The versions and hashes identify everything that is needed to repeat the run or to merge the
+    adapter of the run.
     """
     return {
         "orpo_lite": __version__,
@@ -151,8 +152,8 @@ def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
 def refuse_other_pairs(path: Path, inputs: Inputs, fix: str) -> None:
     """Raise :class:`CheckpointError` if the data changed since the training.
 
-    The choice of the held-out pairs depends on all pairs. So in changed data, a pair that was
-    trained on could be held out.
+    The choice of the held-out pairs depends on all pairs. So if the data changed, the held-out
+    pairs could contain pairs that the model was trained on.
     """
     known = read_lock(path)["data"]
     if known["sha256"] and known["sha256"] != inputs.figures["sha256"]:

@@ -15,15 +15,17 @@ SAMPLE_TEXT = "Is this the same text, in 2 or 3 words?\n"
 
 
 def make_adapter_files(inputs: Inputs) -> tuple[dict[str, bytes], str]:
-    """Return tokenizer files and generation config as {name: content}, and a note.
+    """Return the tokenizer files and the generation config as {name: content}, and also a note.
 
-    The files are for the folder ``adapter/``. The note says why the base's generation config is not
-    used; it is "" if the config is used. This function is called before the training, and it loads
-    and tries the saved tokenizer, so that errors are found early.
+    The files are for the folder ``adapter/``. The note says why the base's generation_config.json
+    cannot be loaded; the note is "" if the file is loaded or missing.
+
+    This function is called before the training, to find errors early. The function saves the
+    tokenizer, loads the saved copy, and compares the tokens that both give for a sample text.
 
     Raises:
-        ModelError: transformers cannot save the tokenizer, or the saved tokenizer gives other
-            tokens.
+        ModelError: transformers cannot save or load the tokenizer, or the loaded copy gives other
+            tokens than the original.
     """
     config, note = read_generation_config(inputs.base.path)
     with TemporaryDirectory(prefix="orpo-lite-") as name:

@@ -48,7 +48,7 @@ def find_newest(run: Path) -> tuple[Path, list[str]]:
     """Return the newest valid checkpoint, and the faults of newer checkpoints.
 
     Raises:
-        CheckpointError: there is no valid checkpoint. A run never restarts silently.
+        CheckpointError: there is no valid checkpoint. The run does not start again at step 0.
     """
     faults: list[str] = []
     for folder in reversed(_folders(run)):

@@ -1,4 +1,4 @@
-"""Handle failed steps: out of memory, a loss that is not finite, no deterministic kernel."""
+"""Handle a step that runs out of memory, has a non-finite loss, or lacks a deterministic kernel."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,9 +114,10 @@ def report_not_finite(
 def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
     """Turn errors that torch raises inside the ``with`` block into errors with a fix.
 
-    If ``training.full_determinism`` is set, only deterministic kernels run inside the block, and an
-    operation without a deterministic kernel raises an error. torch can also warn instead, but then
-    FlashAttention's backward pass is still non-deterministic (torch, Context.h).
+    If ``training.full_determinism`` is set, only deterministic kernels run inside the block. An
+    operation without a deterministic kernel raises an error. torch also has an option that only
+    warns. This option is not used, because FlashAttention's backward pass is non-deterministic with
+    this option (torch, Context.h).
     """
     deterministic = recipe.training.full_determinism
     if deterministic:

@@ -117,8 +117,8 @@ def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None
 def is_exhausted(recipe: Recipe, state: TrainState) -> bool:
     """Return whether the training must stop early.
 
-    It must if the held-out loss has not become lower in ``training.early_stopping_patience``
-    evaluations in a row.
+    The training must stop early if the held-out loss has not become lower in
+    ``training.early_stopping_patience`` evaluations in a row.
     """
     patience = recipe.training.early_stopping_patience
     return patience is not None and state.worse_in_a_row >= patience

@@ -66,7 +66,7 @@ class Session:
         self._factor = lr_factor(self.recipe, self.optimizer, self.steps)
 
     def batch(self, step: int) -> list[TokenizedPair]:
-        """Return the pairs of a step. They depend only on the seed and the step's number."""
+        """Return the pairs of a step. The choice depends only on the seed and the step number."""
         settings, pairs = self.recipe.training, self.inputs.train
         epoch, place = divmod(step, self.per_epoch)
         order = epoch_order(len(pairs), seed=settings.seed, epoch=epoch)
@@ -103,7 +103,7 @@ class Session:
 def load_session(
     recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, stop: list[int]
 ) -> Generator[Update, None, Session]:
-    """Load the model, compare the fast step with the model's own code, and make the optimizer.
+    """Load the model, compare this package's step with the model's code, and make the optimizer.
 
     Yields updates and returns the session.
 
@@ -190,9 +190,9 @@ def restore_session(
 ) -> Generator[Update, None, TrainState]:
     """Load the newest valid checkpoint. Yield notes; return the state.
 
-    If the run has no checkpoint, the state is new. If the run changed ``memory`` settings because
-    it ran out of memory, these changes are applied again. But settings in ``changed`` are not
-    overwritten, because a person has set them for resuming.
+    If the run has no checkpoint, the state is new. If a step was out of memory, the run changed
+    ``memory`` settings. These changes are applied again, except for settings in ``changed``: a
+    person has set the settings in ``changed`` for the resumed run.
 
     Raises:
         CheckpointError: the run has checkpoints, but none is valid.

@@ -50,15 +50,18 @@ class TrainState:
     """State of the loss scaler. {} except in a checkpoint if activations are float16."""
 
     def count_step(self, tokens: int, *, finite: bool) -> None:
-        """Count a step on ``tokens`` tokens. ``finite``: were loss and gradient finite?"""
+        """Add a step with ``tokens`` tokens to the counts.
+
+        ``finite``: whether loss and gradient of the step were finite.
+        """
         self.step += 1
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         self.num_tokens += tokens
 
     def note_evaluation(self, metrics: dict[str, float]) -> bool:
-        """Record the held-out metrics of this step, and return whether they are the best so far.
+        """Record the held-out metrics of this step. Return whether the loss is the lowest so far.
 
-        ``metrics`` is {} if no pairs are held out.
+        ``metrics`` is {} if no pairs are held out. The result is then False.
         """
         self.evaluated_step = self.step
         if not metrics:
@@ -81,7 +84,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Self:
-        """Return the state that the content of a state.json describes. Older versions are read too.
+        """Return the state that a state.json describes. Older versions of the file are read too.
 
         Args:
             value: the JSON object in the file.

@@ -28,7 +28,7 @@ from orpo_lite.training.state import TrainState
 class OutOfMemory(Exception):  # noqa: N818 - torch has an OutOfMemoryError
     """A process ran out of memory during a step.
 
-    All processes have deleted the step's gradients, so they can repeat the step with smaller
+    All processes have deleted the step's gradients. So the step can be repeated with smaller
     micro-batches.
     """
 
@@ -105,10 +105,11 @@ def accumulate(
     divisors, rank = objective.divisors(batch), processes.rank
 
     def run_passes() -> torch.Tensor:
-        """Run this process's micro-batches, and return the sum of their parts.
+        """Run this process's micro-batches. Return the sums of the objective's ``parts`` over them.
 
-        If a step has few pairs, a process may have no micro-batch. This code is a separate function
-        so that no local variable keeps a tensor in memory after an out-of-memory error.
+        If a step has few pairs, a process may have no micro-batch. Then the sums are 0.
+        ``run_passes`` is a separate function, so that no local variable keeps a tensor in memory
+        after an out-of-memory error.
         """
         parts = torch.zeros(len(objective.parts), dtype=torch.float64, device=processes.device)
         # The scaler creates its state at its first call. A process without pairs would make none.
@@ -162,9 +163,9 @@ def update(
     """Clip the gradients. If loss and gradients are finite, take the optimizer's step.
 
     Returns:
-        The norm of the gradients before clipping, and whether loss and gradients were finite.
-        Gradients count as finite if only the scaled float16 loss overflows, because the scaler
-        then skips the step and lowers its scale.
+        The norm of the gradients before clipping, and True if loss and gradients were finite. If
+        only the scaled float16 loss overflows, the second value is also True: the scaler skips
+        the step and lowers its scale.
     """
     scaler.unscale_(optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))

@@ -1,7 +1,7 @@
 """Send the metrics of a training to trackers, with accelerate's tracker classes.
 
-A remote tracker gets numbers and the recipe, but no text of the data. report.html quotes such
-texts, so the report is sent only if ``output.send_report`` is set.
+A remote tracker gets numbers and the recipe, but no text of the data. report.html quotes texts
+of the data, so the report is sent only if ``output.send_report`` is set.
 """
 
 import math
@@ -92,9 +92,10 @@ class Trackers:
     def start(self, state: TrainState, *, resumed: bool) -> Iterator[Update]:
         """Start the trackers. Yield a note for each tracker: how to open it, or why it failed.
 
-        If the run is ``resumed`` after ``state.step``, the run in each tracker continues. In this
-        case tensorboard deletes the values of ``state.step`` and of later steps. Therefore the rows
-        of ``state.step`` in metrics.jsonl are logged to tensorboard again.
+        If the training is ``resumed`` after ``state.step``, each tracker keeps its old values and
+        adds the new values. Only tensorboard first deletes the values of ``state.step`` and of
+        later steps. The training does not repeat ``state.step``. So the rows of ``state.step`` in
+        metrics.jsonl are logged to tensorboard again.
         """
         config = {
             key: value if isinstance(value, bool | int | float | str) else to_text(value)

@@ -74,13 +74,17 @@ def present_columns(data: DataSection, rows: Sequence[Row]) -> dict[str, str]:
 
 
 def missing_columns(data: DataSection, rows: Sequence[Row]) -> set[str]:
-    """Return all columns of the data.column_map entries that have no column in these rows."""
+    """Return the columns of data.column_map that are missing in these rows.
+
+    An entry may name several columns: prompt: [question, query]. If the rows have none of these
+    columns, both are returned. If the rows have one of these columns, neither is returned.
+    """
     found = present_columns(data, rows)
     return {name for ours, names in data.columns.items() if ours not in found for name in names}
 
 
 def first_rows_with(source: Source, missing: set[str], max_samples: int | None) -> list[Row]:
-    """Return, for each column in ``missing``, the first row that has this column, if any.
+    """Return the rows in which a column of ``missing`` appears for the first time.
 
     Only the first ``max_samples`` rows are searched (None: all rows).
     """

@@ -1,9 +1,8 @@
 """Find the value type of each column, and the columns that hold the prompt, the replies and so on.
 
-Only the first rows of a dataset are examined. A column's type is the type of most of its values,
-except empty values. A column with another name than a standard one (``COLUMNS``) is used only if it
-is the only candidate, or if all candidates have equal values in every row. Otherwise, an error
-lists the data.column_map settings to choose from.
+Only the first rows of a dataset are examined. A column's type is the most frequent type of its
+values; empty values do not count. A column may have another name than in ``COLUMNS``: question for
+prompt. If columns for one name differ, an error lists the data.column_map settings to choose from.
 """
 
 import re
@@ -185,7 +184,7 @@ class ColumnProfile:
     def holds_labels(self, column: str) -> bool:
         """Return whether the column holds labels, such as verdicts or topics, and no replies.
 
-        Labels are single words. Either all of them are names of columns, or they repeat often.
+        Labels are single words: column names, model_a, model_b, tie, or words with mean count >= 2.
         """
         if self.type_of(column) not in TEXTS:
             return False
@@ -198,12 +197,12 @@ class ColumnProfile:
         return len(texts) >= MIN_ROWS and len(set(texts)) <= len(texts) / 2
 
     def columns_named(self, *names: str) -> list[str]:
-        """Return the columns with these names. Case, separators and outer spaces are ignored."""
+        """Return columns with these names (by :func:`plain_name`), else :attr:`reply_columns`."""
         found = [column for name in names for column in self.columns if plain_name(column) == name]
         return found or [self.reply_columns[name] for name in names if name in self.reply_columns]
 
     def column_named(self, name: str) -> str:
-        """Return the first column with this name, or the name itself if there is no such column."""
+        """Return ``name`` if it is a column or :meth:`columns_named` is empty; else its first."""
         if name in self.types:
             return name
         found = self.columns_named(name)
@@ -213,7 +212,7 @@ class ColumnProfile:
         return self.types.get(self.column_named(name), "missing")
 
     def values(self, *names: str) -> list[tuple[Any, ...]]:
-        """Return the values of these columns, row by row.
+        """Return the values of the columns ``names``, one tuple for each row.
 
         A row is left out if one of its values is empty or does not have the type of its column.
         """
@@ -252,7 +251,7 @@ class ColumnProfile:
         return sum(bool(test(*row)) for row in values) / len(values) if values else 0.0
 
     def find(self, canonical: str) -> str | None:
-        """Find, assign and return the column for a standard name; None if there is no candidate.
+        """Return the column for a standard name, and store it in ``assigned``; None if none fits.
 
         Raises DataError if several columns are candidates and their values differ.
         """
@@ -264,9 +263,9 @@ class ColumnProfile:
         return self.assigned.get(canonical)
 
     def assign(self, columns: Mapping[str, str]) -> None:
-        """Assign columns to standard names. Skip missing columns and names in data.column_map.
+        """Assign columns to standard names. Skip columns that are missing.
 
-        ``columns``: standard name -> column.
+        ``columns``: standard name -> column. Skip a standard name that data.column_map sets.
         """
         for ours, name in columns.items():
             if ours not in self.mapped and self.type_of(name) != "missing":
@@ -299,7 +298,7 @@ class ColumnProfile:
         return named
 
     def is_alpaca(self) -> bool:
-        """Return whether there is a column instruction, and input or history too, as in Alpaca.
+        """Return whether the columns are Alpaca's: ``instruction``, and ``input`` or ``history``.
 
         ``input``: a text that the instruction refers to, often empty. ``history``: earlier turns.
         """
@@ -358,9 +357,9 @@ class ColumnProfile:
         refuse_templated(self, [*templated, *replies], () if replies else raw)
 
     def setting(self, **columns: str) -> Overrides:
-        """Return a data.column_map setting with these columns: standard name=column.
+        """Return a data.column_map setting: ``setting(prompt="question")`` -> prompt=question.
 
-        The current entries of data.column_map are kept if they do not conflict with these columns.
+        Current entries of data.column_map are kept if they do not conflict with ``columns``.
         """
         theirs = {ours: self.mapped.get(column, column) for ours, column in columns.items()}
         replaced = set(theirs)
@@ -378,7 +377,7 @@ class ColumnProfile:
         return column_map_setting({**self.others, **lists})
 
     def settings(self, canonical: str, columns: Iterable[str]) -> str:
-        """Return one setting per column, joined by "or". Each reads ``canonical`` from a column."""
+        """Return settings joined by "or". Each setting reads one column as ``canonical``."""
         return one_of(self.setting(**{canonical: column}) for column in columns)
 
     # --- convert rows for their reader
@@ -391,10 +390,10 @@ class ColumnProfile:
         return "messages" in map(self.type_of, REPLIES) and self.type_of("prompt") in TEXTS
 
     def renamed(self, row: Row, where: str) -> Row:
-        """Return the row with standard names, and JSON texts as lists.
+        """Return a copy of the row with the standard names as keys. JSON texts become lists.
 
-        Optional columns, such as system, are left out unless a column was assigned to them. Raises
-        RowError if the type of a value is not the type of its column.
+        An optional name, such as system, is left out if no column was assigned to this name. Raises
+        RowError for a value of a wrong type that would be misread, and for an unclear verdict.
         """
         row = {
             **self._normalized(row),
@@ -416,7 +415,7 @@ class ColumnProfile:
         return out
 
     def with_source_column(self, where: str) -> str:
-        """Return an error's ``where`` with the dataset's column: field chosen -> field good."""
+        """Replace a standard name in ``where`` by the source column: field chosen -> field good."""
         place, mark, rest = where.partition(", field ")
         name = re.match(r"\w*", rest)[0]  # type: ignore[index]
         column = self.assigned.get(name, name)

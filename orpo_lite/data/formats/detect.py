@@ -86,17 +86,17 @@ def detect_format(
 ) -> Detected:
     """Return the format of the first rows, detected from the content of their columns.
 
-    A row that differs from the others is reported later, by the reader.
+    This function does not report a row that differs from the other rows. The reader reports it.
 
     Args:
         rows: the first rows, after data.column_map was applied.
         name: data.format: a key of READERS, or auto. The columns are detected in both cases.
-        mapped: data.column_map for these rows: standard name -> the only column considered for it.
-        plain: True if data.chat_template is none. Only then, texts may have template markers.
-        others: the entries of data.column_map for other datasets. Suggested settings keep them.
+        mapped: data.column_map for these rows: standard name -> the only column that may have it.
+        plain: True if data.chat_template is none. Otherwise, texts must not have template markers.
+        others: entries of data.column_map for other datasets. A new column_map must keep these.
 
-    Raises DataError with the setting to use, if no format fits, if the rows can be read in two
-    ways, or if a chat template was already applied to the texts.
+    Raises DataError if no format fits, if the rows can be read in two ways, or if a chat template
+    was already applied to the texts. The error names the setting to use.
     """
     requested = name != "auto"
     profile = ColumnProfile(rows, mapped, plain, others)

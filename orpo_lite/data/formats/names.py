@@ -66,7 +66,7 @@ NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, res
 def names_better(column: str) -> bool:
     """Return whether a column with this name should say in each row which answer is better.
 
-    ``winner`` -> True, ``loser`` -> False, ``best_0`` -> False (it is about one answer only).
+    ``winner`` -> True, ``loser`` -> False, ``best_0`` -> False (this column is about one answer).
     """
     found = set(words(column))
     denied = found & (SIDE_WORDS["rejected"] | DOUBT_WORDS | SCORE_WORDS)
@@ -102,7 +102,10 @@ def is_reply(column: str) -> bool:
 
 
 def is_answer(column: str) -> bool:
-    """Return whether a name means one of several answers: ``response_1``, ``answer_b``."""
+    """Return whether a column's name is an answer with a number or letter: ``response_1``.
+
+    The number is 0, 1 or 2, or the letter is a or b.
+    """
     match = NUMBERED.fullmatch(column)
     return match is not None and any(word in match[1].lower() for word in ANSWER_WORDS)
 

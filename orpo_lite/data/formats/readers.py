@@ -59,15 +59,19 @@ Reader = Callable[[Row, str], Pair]
 
 
 def read_pair(row: Row, where: str) -> Pair:
-    """Read a row with two replies to a prompt or a conversation, or with two whole conversations.
+    """Read a row with two replies, or a row with two whole conversations.
 
-    Each reply may be a text, a single message or a list of messages.
+    The replies answer the same prompt or the same conversation. Each reply may be a text, a single
+    message or a list of messages.
     """
     return _join(row, *_prompt_turns(row, where), where)
 
 
 def read_implicit(row: Row, where: str) -> Pair:
-    """Read TRL's implicit prompt: the common start of chosen and rejected, messages or texts."""
+    """Read a row in which the prompt is the common start of chosen and rejected.
+
+    Chosen and rejected hold messages or texts. TRL calls such a prompt implicit.
+    """
     if not isinstance(row.get("chosen"), str) or isinstance(row.get("rejected"), list):
         return _join(row, (), None, where)
     chosen, rejected = (text_of(row, reply, where) for reply in ("chosen", "rejected"))
@@ -80,7 +84,7 @@ def read_implicit(row: Row, where: str) -> Pair:
 
 
 def read_hh_rlhf(row: Row, where: str) -> Pair:
-    """Read Anthropic's HH-RLHF: chosen and rejected are dialogues with turn markers, one text each.
+    """Read Anthropic's HH-RLHF: chosen and rejected are texts, each a dialogue with turn markers.
 
     The reply follows the last assistant marker. The space after a marker belongs to the marker.
     Text before the first turn is a system text. In some datasets, prompt holds the dialogue, and
@@ -144,7 +148,7 @@ def read_ranked(row: Row, where: str) -> Pair:
 def read_judged(row: Row, where: str) -> Pair:
     """Read two answers and a verdict. The answers are texts or whole conversations.
 
-    The verdict in the column better is a, b or tie. It is blank if nobody judged the answers.
+    The verdict is in the column ``better``: "a", "b" or "tie". Blank: nobody judged the answers.
     """
     if "better" in row and not str(row["better"] or "").strip():
         return Pair((), "", "", where, drop=UNJUDGED)
@@ -175,10 +179,10 @@ READERS: dict[str, Reader] = {
 
 
 def pair_without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
-    """If a reply is null, return a pair with the reason to leave it out; else return None.
+    """Return an empty pair if a reply in the row is null; None for other rows.
 
-    ``fields``: the columns of chosen and rejected, or one column that holds both replies. An empty
-    csv cell is null.
+    ``drop`` of the pair is the reason to drop the row. ``fields``: the columns of chosen and
+    rejected, or one column that holds both replies. An empty csv cell is null.
     """
     for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=False):
         if field in row and row[field] is None:
@@ -187,9 +191,9 @@ def pair_without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | No
 
 
 def without_repeated_prompt(pair: Pair) -> Pair:
-    """Return the pair after removing the prompt from replies that begin with it again.
+    """Return the pair. If a reply begins with the prompt, remove the prompt from this reply.
 
-    A reply may also begin with only the last turns of the prompt. These are removed too.
+    If a reply begins with only the last turns of the prompt, remove these turns from this reply.
     """
     texts = (pair.chosen, pair.rejected)
     rests = texts_after_prompt(pair)
@@ -215,10 +219,10 @@ def without_repeated_prompt(pair: Pair) -> Pair:
 
 
 def texts_after_prompt(pair: Pair) -> list[str | None]:
-    """Return the texts that follow a repeated prompt in chosen and in rejected.
+    """Return [rest of chosen, rest of rejected]: the reply without the prompt that it repeats.
 
-    A reply may begin with the whole prompt or with only its last turns. If a reply begins with
-    neither, its result is None.
+    A reply may begin with the whole prompt, or with only the last turns of the prompt. For any
+    other reply, the rest is None.
     """
     return [_text_after_turns(pair.messages, text) for text in (pair.chosen, pair.rejected)]
 
@@ -487,7 +491,7 @@ def _score(value: Any, where: str, label: str) -> float | None:
 
 
 def has_unread_fields(row: Row) -> bool:
-    """Return whether a row has content of the pair that is not read, such as tools or images."""
+    """Return whether a row or its messages have fields that are not read: tools, images etc."""
     values = [value if isinstance(value, list) else [value] for value in row.values()]
     messages = [item for items in values for item in items if is_message(item)]
     unread = [item.get(key) for item in (row, *messages) for key in UNREAD_KEYS]

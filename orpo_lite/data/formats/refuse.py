@@ -1,4 +1,7 @@
-"""Raise errors for datasets whose format is not clear. The fix names the settings that help."""
+"""Raise errors for datasets whose format is not clear.
+
+If a setting of the recipe can make the format clear, the fix in the error names the setting.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
@@ -29,7 +32,7 @@ from orpo_lite.errors import DataError, Overrides, one_of, reworded
 
 
 def refuse_python(profile: ColumnProfile) -> None:
-    """Raise DataError if a column that must be read holds lists as NumPy prints them: ['a' 'b']."""
+    """Raise DataError if a needed column holds lists in NumPy's notation: ['a' 'b']."""
     columns = [
         column
         for column, held in profile.types.items()
@@ -223,8 +226,8 @@ def _name_prompt(profile: ColumnProfile) -> str:
 def prompt_columns(profile: ColumnProfile) -> list[str]:
     """Return the columns that could hold the prompt.
 
-    These are columns with conversations. If there are none, columns with a name such as question
-    are returned. If there are none of these either, columns with varied texts are returned.
+    These are the columns with conversations. If no column has conversations, return the columns
+    with a name such as question. If no column has such a name, return columns with varied texts.
     """
     replies = [profile.column_named(reply) for reply in REPLIES]
     possible = [

@@ -1,4 +1,4 @@
-"""Read the texts of rows: dialogues with turn markers, common beginnings and missing values."""
+"""Read the texts of rows: dialogues, the common beginning of two texts, and missing values."""
 
 import math
 import re
@@ -30,7 +30,7 @@ def begins_dialogue(text: str) -> bool:
 
 
 def is_whole_dialogue(text: str) -> bool:
-    """Return whether a text is a dialogue that has a human turn. A single reply has none."""
+    """Return whether a text is a dialogue with a human turn. A single reply has no human turn."""
     has_human_turn = text.lstrip().startswith("Human:") or _HUMAN_MARKER in _plain_ends(text)
     return begins_dialogue(text) and has_human_turn
 
@@ -46,10 +46,11 @@ def is_dialogue(text: str) -> bool:
 
 
 def read_dialogue_prompt(row: Row, where: str) -> tuple[tuple[Message, ...], str]:
-    """Return the turns of a prompt that is a dialogue in one text, and this text.
+    """Return the turns and the text of a prompt that is a dialogue in one text.
 
-    The returned text ends with an assistant marker. If only the replies have this marker, it is
-    added to the prompt. Raises RowError if the text is no such prompt.
+    The returned text ends with an assistant marker. If the prompt does not end with an assistant
+    marker, but chosen begins with one, an assistant marker is added to the prompt. Raises RowError
+    if the result is not a dialogue that ends with an assistant marker.
     """
     text = _plain_ends(text_of(row, "prompt", where))
     if not text.rstrip().endswith(ASSISTANT_MARKER) and STARTS_WITH_MARKER.match(
@@ -67,7 +68,7 @@ def split_dialogue(row: Row, field: str, where: str) -> tuple[str, tuple[Message
     """Split a dialogue after its last assistant marker.
 
     Returns the text up to the end of this marker, the turns in that text, and the reply after it.
-    Raises RowError for other texts.
+    Raises RowError if the text is not a dialogue, or if its last turn is the human's.
     """
     text = _plain_ends(text_of(row, field, where))
     head, marker, reply = text.rpartition(ASSISTANT_MARKER)
@@ -101,9 +102,9 @@ _WORD = re.compile(r"\S+")
 
 
 def text_after(prompt: str, text: str) -> str | None:
-    """Return the rest of a text that begins with the prompt; None if it does not.
+    """Return the part of a text after the prompt; None if the text does not begin with the prompt.
 
-    The words of both are compared, so the white space between the words may differ.
+    The text and the prompt are compared word by word, so the white space between words may differ.
     """
     *words, last = prompt.split() or [""]
     found = _WORD.finditer(text)
@@ -118,7 +119,10 @@ def text_after(prompt: str, text: str) -> str | None:
 
 
 def begins_with(words: str, text: str) -> bool:
-    """Return whether a text begins with whole words: "a b" begins "a b c", but not "a bc"."""
+    """Return whether ``text`` begins with ``words``. The match must not end within a word.
+
+    ("a b", "a b c") -> True; ("a b", "a bc") -> False.
+    """
     end = text_after(words, text)
     return end is not None and not end[:1].strip()
 

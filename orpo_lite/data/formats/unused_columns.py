@@ -1,6 +1,7 @@
 """Raise errors for columns that seem to be part of the prompt but would not be read.
 
-The name of such a column, or the turns in it, suggest that its content belongs before the reply.
+A column seems to be part of the prompt if it has a name such as ``context``, or if it contains
+messages.
 """
 
 from collections.abc import Iterable, Sequence
@@ -49,14 +50,14 @@ ADDITIONS = ("input", "context", "history")
 
 
 def refuse_unused(profile: ColumnProfile, name: str, *, requested: bool) -> None:
-    """Raise DataError for a column whose content belongs before the reply but is not read.
+    """Raise DataError for an unread column if its content belongs before the reply.
 
     The error lists the settings to choose from.
 
     Args:
         profile: the first rows, and the columns that are read.
         name: the format in which the rows are read.
-        requested: True if data.format is set, and not auto.
+        requested: True if data.format is set to another value than auto.
     """
     # In this format, chosen and rejected contain everything before the reply.
     is_implicit = requested and name == "implicit"

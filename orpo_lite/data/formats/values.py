@@ -82,7 +82,7 @@ def _object_list_type(items: Sequence[Mapping[str, Any]]) -> ValueType:
 
 
 def usual_type(values: Sequence[Any], column: str) -> ValueType:
-    """Return the type of most of a column's values. Empty values do not count."""
+    """Return the most frequent type of a column's values. Empty values do not count."""
     counts = Counter(value_type(value, column) for value in values)
     del counts["null"]
     if not counts:
@@ -96,19 +96,20 @@ def usual_type(values: Sequence[Any], column: str) -> ValueType:
 
 
 def are_texts(values: Sequence[Any]) -> bool:
-    """Return whether most of the values are texts, as in a csv file. Empty values are ignored."""
+    """Return whether most values are texts (in a csv file, all are). Empty values are ignored."""
     filled = [value for value in values if not is_blank(value)]
     return sum(isinstance(value, str) for value in filled) > len(filled) / 2
 
 
 def is_blank(value: Any) -> bool:
-    """Return whether a value is empty, of the type "null": None, [], a blank text or "[]"."""
+    """Return whether a value is empty (type "null"): None, [], "[]" or a blank text."""
     return value.strip() in ("", "[]") if isinstance(value, str) else value is None or value == []
 
 
 def unpack_json(value: Any, column: str = "") -> Any:
-    """Parse a text that holds a list or messages as JSON, such as a cell of a csv table.
+    """Parse the text of a list or of messages: "[1, 2]" -> [1, 2].
 
+    The text is JSON, or was printed by Python: "['a']". Example: a cell of a csv table.
     Any other value is returned unchanged.
     """
     parsed = normalize(_parsed(value), column)
@@ -121,7 +122,8 @@ def unpack_json(value: Any, column: str = "") -> Any:
 def single_text(value: Any) -> str | None:
     """Return the text in a list of exactly one text: ["a"] -> "a". Return None for other values.
 
-    The list may also be a text that Python printed: "['a']". A JSON text is not read as a list.
+    A text that contains such a list in Python's notation is read too: "['a']" -> "a". A text that
+    contains the list as JSON is not read: '["a"]' -> None.
     """
     if isinstance(value, str) and _PYTHON.match(value) and not _is_json(value):
         value = _parsed(value)
@@ -131,7 +133,7 @@ def single_text(value: Any) -> str | None:
 
 
 def is_conversation(text: str) -> bool:
-    """Return whether a text is a JSON list of messages that all have a known role and content."""
+    """Return whether a text is a JSON list of messages, each with content and with a known role."""
     if text.lstrip()[:1] != "[":
         return False
     turns = normalize(_parsed(text))
@@ -187,7 +189,7 @@ def texts_in(value: Any) -> list[str]:
 
 
 def has_user_turn(turns: Sequence[Any]) -> bool:
-    """Return whether messages include a user turn, and so are more than a reply."""
+    """Return whether messages include a user turn. A reply alone has no user turn."""
     return any(role_of(turn) == "user" for turn in turns)
 
 
@@ -216,7 +218,7 @@ def contains_in_order(parts: Sequence[str], text: str) -> bool:
 
 
 def ends_with(turns: Any, *replies: Any) -> bool:
-    """Return whether the last text of a conversation is one of these replies."""
+    """Return whether the last text of ``turns`` is also the last text of one of ``replies``."""
     return texts_in(turns)[-1:] in [texts_in(reply)[-1:] for reply in replies]
 
 
@@ -273,8 +275,9 @@ _END_MARKER = re.compile(
 def is_templated(value: Any) -> bool:
     """Return whether a chat template was probably applied to one of the texts in a value.
 
-    The text has a marker at its start or end, or several markers in order. A single marker inside a
-    text is not enough, because a question about templates may contain one.
+    Such a text has a template's marker, such as <|im_end|>, at its start or end, or has the markers
+    of several turns in their order. A single marker inside a text is usually not enough, because a
+    question about templates may contain a marker.
     """
     return begins_templated(value) or end_marker(value) is not None
 
@@ -299,9 +302,10 @@ def _last_characters(text: str) -> str:
 
 
 def end_marker(value: Any) -> str | None:
-    """Return the marker at the end of a text in a value, such as <|im_end|>; None if none has one.
+    """Return the marker at the end of a text in ``value``, such as <|im_end|>.
 
-    If several texts have such a marker, the marker of the last one is returned.
+    If several texts end with a marker, return the marker of the last of these texts. If no text
+    ends with a marker, return None.
     """
     for text in reversed(texts_in(value)):
         marker = None if is_dialogue(text) else _end_marker(text)

@@ -1,4 +1,4 @@
-"""Find two columns with answers and the column with the verdict, and read the verdicts."""
+"""Find two columns of answers; find and read the column that says which answer is better."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -35,7 +35,7 @@ ReadVerdict = Callable[[Any], str | None]
 
 
 def two_answers(profile: ColumnProfile) -> tuple[str, str] | None:
-    """Return the columns of two answers, such as response_1 and response_2; None if none exist.
+    """Return the two columns with answers, such as response_1 and response_2; else None.
 
     Raises DataError if several pairs of columns could be the answers.
     """
@@ -63,7 +63,7 @@ def two_answers(profile: ColumnProfile) -> tuple[str, str] | None:
 
 
 def refuse_labels(profile: ColumnProfile) -> None:
-    """Raise DataError if chosen and rejected hold only the names of two answer columns."""
+    """Raise DataError if chosen and rejected hold names of two answer columns, not replies."""
     if profile.mapped.keys() & {*EITHER_VERDICT}:
         return
     labels = [

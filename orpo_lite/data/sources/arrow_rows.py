@@ -46,9 +46,9 @@ def arrow_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
 
 @contextmanager
 def arrow_table(file: File) -> Iterator[tuple[Any, Iterator[Any], int]]:
-    """Open a table, and yield its schema, its batches and its number of rows (0 if unknown).
+    """Open a table. Yield (schema, batches, number of rows).
 
-    Raises DataError for a broken file.
+    The number of rows is 0 if it is unknown. Raises DataError for a broken file.
     """
     # pyarrow comes with datasets.
     from pyarrow import ArrowException, ipc, memory_map  # type: ignore[import-untyped]

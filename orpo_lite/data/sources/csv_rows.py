@@ -28,7 +28,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 def csv_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
-    """Yield (place, row). Every cell is a text.
+    """Yield (place, row), where the place is file and line: a.csv:3. Every cell is a text.
 
     The types of cells are not guessed, because a guess would turn the reply "42" into a number.
     Errors of rows are added to ``faults``. Raises DataError for a file that cannot be read at all.

@@ -1,4 +1,4 @@
-"""Decode text. Report text that is not UTF-8, and files whose content is of another type."""
+"""Decode UTF-8 text. Report zip files, git-lfs pointers, and text in another encoding."""
 
 from __future__ import annotations
 

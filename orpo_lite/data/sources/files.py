@@ -25,10 +25,10 @@ BROKEN = (EOFError, zlib.error, lzma.LZMAError, OSError)
 
 
 def read_file(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
-    """Yield (place, row).
+    """Yield (place, row) for each row of a file. Example of a place: pairs.csv:3.
 
-    If a row cannot be read, its error is added to ``faults``. If the file cannot be read, DataError
-    is raised at once.
+    If a row cannot be read, its error is added to ``faults``. If the file's content cannot be read,
+    DataError is raised at once. An OSError of the disk is raised unchanged.
     """
     try:
         refuse_lookalikes(file)

@@ -23,8 +23,9 @@ from orpo_lite.errors import DataError, Overrides
 def find_source(name: str, split: str, config: str | None, key: str = TRAIN_SPLIT) -> Source:
     """Return the source of one split of the dataset ``name``.
 
-    ``split``: "auto" selects the preference split, else train, else the only split.
-    ``key``: the setting that names the split, for the fixes of errors.
+    ``split``: "auto" selects a preference split such as train_prefs, else train or training, else
+    the only split.
+    ``key``: the recipe key of ``split``. Errors name this key in their fix.
 
     Raises DataError if a file or folder is missing or has no such split, and HubError if a hub
     dataset cannot be loaded or has no such split.
@@ -38,9 +39,10 @@ def find_source(name: str, split: str, config: str | None, key: str = TRAIN_SPLI
 def with_unique_labels(sources: Sequence[Source]) -> list[Source]:
     """Return the sources with a unique label for each file and split.
 
-    A label is the name in the places of rows, such as a.csv in a.csv:3. If two files have the same
-    name, labels of files include folders. If two splits of hub datasets have the same name, labels
-    of splits include the dataset.
+    The place of a row begins with a label: the place a.csv:3 has the label a.csv. If two files have
+    the same label, all files get new labels: their paths in the folder that contains all files,
+    such as train/a.csv. If two splits of hub datasets have the same label, all splits get new
+    labels: dataset and split, such as org/data/train.
     """
     paths: dict[str, str] = {}
     splits: dict[str, str] = {}
@@ -58,7 +60,7 @@ def with_unique_labels(sources: Sequence[Source]) -> list[Source]:
 
 
 def refuse_duplicates(sources: Sequence[Source], held_out: Sequence[Source] = ()) -> None:
-    """Raise DataError if a file or split is used twice for training, or is also held out."""
+    """Raise DataError if a training file or split is named twice, or is also held out."""
     held = {os.path.realpath(file): file for source in held_out for file in source.paths()}
     once: dict[str, str] = {}
     twice: dict[str, str] = {}

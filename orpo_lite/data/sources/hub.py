@@ -59,9 +59,10 @@ class HubSource(Source):
 def load_hub_dataset(
     name: str, split: str, config: str | None, key: str = TRAIN_SPLIT
 ) -> HubSource:
-    """Return the source of a split, downloaded from the hub or read from the cache.
+    """Return a split as a source. The split is downloaded from the hub or read from the cache.
 
-    ``key``: the setting that names the split, for the fixes of errors. Raises HubError.
+    ``key``: the recipe key of the split, such as data.dataset_test_split. The fix of an error
+    shows this key. Raises HubError.
     """
     import datasets  # takes a second to import, and local files do not need it
 

@@ -1,4 +1,4 @@
-"""Read rows from JSON files: one object per line, or one array of objects."""
+"""Read rows from JSON files: one object per line, or all rows in one JSON value."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys, parse_consta
 
 
 def json_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
-    """Yield (place, row).
+    """Yield (place, row) for each row of a JSON file.
 
     A file may hold one object per line, an array of objects, an object that contains such an array,
-    or a table as columns: {"prompt": [...], "chosen": [...]}. Errors of rows are added to
+    or an object of columns: {"prompt": [...], "chosen": [...]}. Errors of rows are added to
     ``faults``. Raises DataError for a file that cannot be read at all.
     """
     first, value, has_more = _first_line(file)

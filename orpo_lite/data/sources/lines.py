@@ -58,7 +58,7 @@ COMPRESSIONS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {
 
 @dataclass(frozen=True)
 class File:
-    """A local data file. ``label`` is its name in places of rows: pairs.csv in pairs.csv:3."""
+    """A local data file. ``label`` begins the place of each row: pairs.csv -> pairs.csv:3."""
 
     path: Path
     label: str
@@ -92,7 +92,7 @@ class File:
 def data_suffix(name: str) -> str:
     """Return the suffix in SUFFIXES that decides how a file is read: x.ndjson.gz -> .jsonl.
 
-    Returns "" for other files.
+    Return "" if the name does not end like a data file: x.pdf -> "".
     """
     found = _SUFFIX_PATTERN.search(name)
     suffix = (found[1] or found[2]).lower() if found else ""
@@ -100,14 +100,14 @@ def data_suffix(name: str) -> str:
 
 
 def stem(name: str) -> str:
-    """Return a name without the suffixes of type and compression: pairs.csv.gz -> pairs."""
+    """Return a name without the suffixes of file type and compression: pairs.csv.gz -> pairs."""
     return _SUFFIX_PATTERN.sub("", name)
 
 
 def conversion_command(file: File, program: str, suffix: str) -> Command:
-    """Return the fix that runs a program on a file and writes the output to a new file.
+    """Return a fix: a shell command that converts a file with ``program``.
 
-    ``suffix``: the suffix of the new file.
+    The command writes the output of ``program`` to a new file. ``suffix``: the new file's suffix.
     """
     old = shlex.quote(str(file.path))
     new = shlex.quote(str(file.path.with_name(stem(file.path.name) + suffix)))
@@ -117,7 +117,10 @@ def conversion_command(file: File, program: str, suffix: str) -> Command:
 
 
 def lines(file: File, faults: list[DataError]) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, bytes) of each line. A line over MAX_ROW_BYTES adds an error to ``faults``."""
+    """Yield (number, bytes) of each line.
+
+    A line over MAX_ROW_BYTES is not yielded. An error for this line is added to ``faults``.
+    """
     with file.open() as stream:
         for number in count(1):
             line = stream.readline(MAX_ROW_BYTES + 1)

@@ -74,7 +74,8 @@ def find_files(name: str, split: str, key: str) -> LocalSource:
     Args:
         name: a file, a folder or a pattern.
         split: auto, or the name of a split. In a folder, only files of this split are read. For a
-            pattern, all files are read if the split is auto or train. For a file, it is ignored.
+            pattern, all files are read if the split is auto or train. If ``name`` is a file,
+            ``split`` is ignored.
         key: the setting that names the split, for the fixes of errors.
 
     Raises DataError.
@@ -103,7 +104,7 @@ def find_files(name: str, split: str, key: str) -> LocalSource:
 
 
 def unique_labels(paths: Sequence[Path]) -> list[str]:
-    """Return the paths relative to their common folder: a/train.jsonl and b/train.jsonl."""
+    """Return paths relative to their common folder: x/a/1.csv, x/b/1.csv -> a/1.csv, b/1.csv."""
     common = os.path.commonpath([path.parent for path in paths])
     return [in_unicode(path.relative_to(common).as_posix()) for path in paths]
 
@@ -301,7 +302,7 @@ def _missing(path: Path, similar: Sequence[str], expected: str = "a file or fold
 
 
 def path_settings(path: Path, names: Sequence[str]) -> str:
-    """Return one data.dataset_name setting per name, joined by "or".
+    """Return a fix: one data.dataset_name setting for each of ``names``, joined by "or".
 
     ``names``: names of files in the folder of ``path``.
     """
@@ -309,7 +310,10 @@ def path_settings(path: Path, names: Sequence[str]) -> str:
 
 
 def similar_names(path: Path) -> list[str]:
-    """Return up to three files in the folder of ``path`` with similar names. Ignore suffixes."""
+    """Return up to three names in the folder of ``path`` that are similar to the name of ``path``.
+
+    The names are compared without suffixes.
+    """
     try:
         siblings = sorted(child.name for child in path.parent.iterdir())
     except (OSError, ValueError):  # there is no such folder, or its name is impossible

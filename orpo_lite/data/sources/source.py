@@ -32,7 +32,7 @@ class Source(ABC):
 
     @abstractmethod
     def rows(self, faults: list[DataError]) -> Iterator[PlacedRow]:
-        """Yield (place, row).
+        """Yield (place, row). A place is a text, such as a.csv:3.
 
         If a row cannot be read, its error is added to ``faults``. If a file cannot be read,
         DataError is raised at once.
@@ -40,18 +40,22 @@ class Source(ABC):
 
     @abstractmethod
     def with_labels(self, labels: Mapping[str, str]) -> Source:
-        """Return the source with new labels: file or split -> its name in the places of rows."""
+        """Return the source with new labels. The place of a row begins with a label.
+
+        Example: the label a.csv -> the place a.csv:3. ``labels`` maps a key to a label. The key is
+        the path of a file, or ``dataset/split`` for a hub dataset.
+        """
 
     @abstractmethod
     def fingerprint(self) -> tuple[str, int]:
-        """Return one sha256 of the data and the labels, and the approximate number of rows.
+        """Return (sha256 of the data and the labels, approximate number of rows).
 
         The number of rows is 0 if it is unknown.
         """
 
     @abstractmethod
     def columns(self) -> frozenset[str] | None:
-        """Return the columns of all rows; None if they are not known without reading all rows."""
+        """Return the names of all columns; None if they are unknown before all rows are read."""
 
     def paths(self) -> list[str]:
         """Return the paths of the local files; [] for a hub dataset."""
@@ -63,7 +67,10 @@ class Source(ABC):
 
 
 def dataset_name_setting(names: Sequence[str]) -> Overrides:
-    """Return the data.dataset_name setting that lists these names, quoted for a shell."""
+    """Return a setting that gives data.dataset_name the value ``names``.
+
+    The setting's text is quoted for a shell: a, b c -> ``'data.dataset_name=a,b c'``.
+    """
     value = ",".join(names)
     if any(set(name) & set(",[]'\"") for name in names):
         value = json.dumps(list(names), ensure_ascii=False)
@@ -76,9 +83,10 @@ def is_local(name: str) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """Return whether a dataset's name has the form of a path, and not of a hub dataset.
+    """Return whether a dataset's name has the form of a local path, not the form of a hub name.
 
-    A path has the suffix of a data file, has a wildcard, or begins with ".", "/" or "~".
+    A path has the suffix of a data file or spreadsheet, has a wildcard, or begins with ".", "/" or
+    "~".
     """
     if data_suffix(name) or name.lower().endswith(SPREADSHEETS) or glob.has_magic(name):
         return True
@@ -112,7 +120,7 @@ def split_of(path: Path) -> str:
 def choose_split(names: Sequence[str]) -> str | None:
     """Return the split to train on; None if the choice is not clear.
 
-    This is train_prefs or a similar split, else train or training, else the only split.
+    The chosen split is train_prefs or a similar split, else train or training, else the only split.
     """
     preferences = [name for name in names if re.search("train.*pref", name.lower())]
     for likely in ("train_prefs", *preferences, "train", "training"):
@@ -137,7 +145,11 @@ def names_split(name: str) -> bool:
 
 
 def split_note(split: str, names: Sequence[str]) -> str:
-    """Return a note on the chosen split. If it has a matching held-out split, name that too."""
+    """Return a note on the chosen split.
+
+    If ``names`` has the held-out split that belongs to the chosen split (train_prefs ->
+    test_prefs), the note also names the held-out split.
+    """
     rest = split_words(split) - TRAIN
     chosen = "" if split == "train" else f"split {split} (of {list_names(names)})"
     for name in names:
@@ -148,7 +160,7 @@ def split_note(split: str, names: Sequence[str]) -> str:
 
 
 def noted_split(note: str) -> str | None:
-    """Return the held-out split that a :func:`split_note` names; None if it names none."""
+    """Return the held-out split that a :func:`split_note` names; None if no split is named."""
     found = re.search(rf"{TEST_SPLIT}=(\S+) would use", note)
     return found[1] if found else None
 
@@ -163,9 +175,9 @@ TRAIN_SPLIT, TEST_SPLIT = "data.dataset_train_split", "data.dataset_test_split"
 
 
 def split_fix(key: str, names: Sequence[str]) -> str:
-    """Return a fix that sets ``key``, the setting of a split, to the most likely existing split.
+    """Return a fix that sets ``key`` to the most likely split in ``names``.
 
-    ``names``: the existing splits.
+    ``key``: the recipe key of a split, TRAIN_SPLIT or TEST_SPLIT. ``names``: the existing splits.
     """
     held_out = [*filter(is_held_out, names)]
     others = [name for name in names if name not in held_out]
