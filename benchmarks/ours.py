@@ -63,7 +63,7 @@ def step_losses(
     divisors = objective.divisors(pairs)
     for chunk in micro_batches(pairs, batching):
         batch = make_batch([pairs[index] for index in chunk], batching).to(model.device)
-        yield objective.loss(model(batch), divisors)[0]
+        yield objective.loss(model(batch), batch.facts, divisors)[0]
 
 
 def our_step(

@@ -1,0 +1,175 @@
+"""TRL's trainers of the other objectives as oracles: ten steps with equal losses and gradients."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama, write_pairs
+from datasets import load_dataset
+from test_objectives import settings_of
+from test_step import lora_model
+from test_trl import BATCH, STEPS, flat_gradients, flat_weights
+from torch.utils.data import SequentialSampler
+
+from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.model.held_out import score
+from orpo_lite.model.optimizer import make_optimizer
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.parallel import Processes
+from orpo_lite.objectives.objective import find_objective
+from orpo_lite.training.step import accumulate, update
+from orpo_lite.updates import run_to_end, staged
+
+pytest.importorskip("trl", reason="TRL, the oracle, comes with the extra `bench`")
+
+LEARNING_RATE = 1e-3  # with a higher one, hinge and simpo have almost no gradient after a step
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+LOGPS = ("logps/chosen", "logps/rejected")
+# Trainer, its settings, the same settings of ours, and the metrics that both have.
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Sequence[str]]] = {
+    "sft": ("SFT", {"completion_only_loss": True}, {"type": "sft"}, ()),
+    "dpo": ("DPO", {"beta": 0.3}, {"type": "dpo", "beta": 0.3}, REWARDS + LOGPS),
+    "ipo": ("DPO", {"loss_type": ["ipo"]}, {"type": "dpo", "dpo_loss_type": "ipo"}, REWARDS + LOGPS),
+    "hinge": ("DPO", {"loss_type": ["hinge"]}, {"type": "dpo", "dpo_loss_type": "hinge"}, REWARDS + LOGPS),
+    "rpo": (
+        "DPO",
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+        {"type": "dpo", "rpo_alpha": 0.5},
+        REWARDS + LOGPS,
+    ),
+    "cpo": ("CPO", {"label_smoothing": 0.1}, {"type": "cpo", "label_smoothing": 0.1}, (*REWARDS, *LOGPS, "nll_loss")),
+    "simpo": (
+        "CPO",
+        {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.7, "beta": 2.0},
+        {"type": "simpo", "simpo_gamma": 0.7, "beta": 2},
+        REWARDS + LOGPS,
+    ),
+}  # fmt: skip
+
+
+def run_trl(kind: str, options: dict[str, Any], model: Any, file: Path) -> tuple[Any, ...]:
+    """Ten steps of a trainer: the metrics and the gradient of each step, and the token sequences."""
+    if kind == "CPO":
+        from trl.experimental.cpo import CPOConfig as Config
+        from trl.experimental.cpo import CPOTrainer as Trainer
+    elif kind == "DPO":
+        from trl import DPOConfig as Config
+        from trl import DPOTrainer as Trainer
+    else:
+        from trl import SFTConfig as Config
+        from trl import SFTTrainer as Trainer
+    metrics: list[dict[str, float]] = []
+    gradients: list[torch.Tensor] = []
+
+    class Oracle(Trainer):  # type: ignore[misc,valid-type]
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+        def get_batch_loss_metrics(self, *args: Any, **kwargs: Any) -> Any:
+            loss, found = super().get_batch_loss_metrics(*args, **kwargs)
+            metrics.append(found)
+            return loss, found
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            if kind != "CPO":
+                metrics.append(
+                    {name: values[-1] for name, values in self._metrics["train"].items()}
+                )
+            metrics[-1]["loss"] = loss.item()
+            gradients.append(flat_gradients(self.model))
+            return loss
+
+    settings = Config(
+        output_dir=str(file.parent / "trl"),
+        use_cpu=True,
+        per_device_train_batch_size=BATCH,
+        max_steps=STEPS,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        optim="adamw_torch",
+        max_length=256,
+        gradient_checkpointing=False,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    rows = load_dataset(
+        "json", data_files=str(file), split="train", cache_dir=str(file.parent / "cache")
+    )
+    if kind == "SFT":
+        rows = rows.rename_column("chosen", "completion").remove_columns("rejected")
+    oracle = Oracle(
+        model=model, args=settings, train_dataset=rows, processing_class=byte_tokenizer()
+    )
+    tokens = [pair_of(row) for row in oracle.train_dataset]
+    oracle.train()
+    return metrics, gradients, tokens
+
+
+def pair_of(row: dict[str, Any]) -> TokenizedPair:
+    """A trainer's row of tokens as a pair of ours."""
+    if "labels" in row:
+        return TokenizedPair(row["input_ids"], [], row["labels"].count(-100), 0, "")
+    if "prompt_ids" in row:
+        prompt = row["prompt_ids"]
+        chosen, rejected = prompt + row["chosen_ids"], prompt + row["rejected_ids"]
+        return TokenizedPair(chosen, rejected, len(prompt), len(prompt), "")
+    starts = [row[f"{side}_labels"].count(-100) for side in ("chosen", "rejected")]
+    return TokenizedPair(row["chosen_input_ids"], row["rejected_input_ids"], *starts, "")
+
+
+def with_reference(model: PairModel, pairs: list[TokenizedPair], settings: Any) -> list[Any]:
+    scores = run_to_end(staged("", score(model, pairs, settings)), lambda _: None)
+    columns = scores.chosen_P.tolist(), scores.rejected_P.tolist()
+    return [
+        replace(pair, ref_chosen=one, ref_rejected=other)
+        for pair, one, other in zip(pairs, *columns, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ten_steps_equal_trl(case: str, tmp_path: Path) -> None:
+    kind, options, loss, names = CASES[case]
+    ours = lora_model(tiny_llama(len(byte_tokenizer())), torch.float32)
+    theirs = copy.deepcopy(ours)
+    file = write_pairs(tmp_path / "pairs.jsonl", STEPS * BATCH)
+    metrics, gradients, pairs = run_trl(kind, options, theirs.model, file)
+    settings = settings_of(
+        loss, training__optim="adamw_torch", training__learning_rate=LEARNING_RATE
+    )
+    if kind == "DPO":
+        pairs = with_reference(ours, pairs, settings)
+    objective, trained = find_objective(settings.loss), [p for _, p in ours.trained()]
+    optimizer, scaler = (
+        make_optimizer(settings, trained),
+        torch.amp.GradScaler("cpu", enabled=False),
+    )
+    optimizer.param_groups[0]["lr"] = LEARNING_RATE
+    for step in range(STEPS):
+        parts = accumulate(
+            ours,
+            objective,
+            pairs[step * BATCH : (step + 1) * BATCH],
+            ours.batching(settings, 0),
+            step=step,
+            seed=0,
+            processes=Processes(cpu=True),
+            scaler=scaler,
+        )
+        found = objective.metrics(parts)
+        for name in ("loss", *names):
+            expected = metrics[step][name]
+            assert found[name] == pytest.approx(expected, rel=1e-5, abs=1e-5), (step, name)
+        difference = (flat_gradients(ours) - gradients[step]).norm()
+        assert difference <= 1e-5 * gradients[step].norm(), step  # hinge: both may be 0
+        update(trained, optimizer, scaler, found["loss"], settings.training.max_grad_norm)
+    assert (flat_weights(ours) - flat_weights(theirs)).norm() / flat_weights(theirs).norm() < 1e-4
+    assert abs(metrics[-1]["loss"] - metrics[0]["loss"]) > 0.02
