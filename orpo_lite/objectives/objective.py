@@ -7,12 +7,13 @@ To add an objective, add a file to this package, and add the file's name to the 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts, nll_tokens
 from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.errors import Overrides, RecipeError
 from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.schema import LossSection
 
@@ -156,7 +157,17 @@ def find_objective(settings: LossSection) -> Objective:
 
     The type is the name of a module, and ``OBJECTIVE`` in this module is the objective's class:
     ``orpo`` -> ``OBJECTIVE`` in ``orpo.py``.
+
+    Raises:
+        RecipeError: the objective needs an output that no model returns.
     """
     module = import_module(f"orpo_lite.objectives.{settings.type}")
     objective: Objective = module.OBJECTIVE(settings)
+    if missing := objective.needs.difference(get_args(Need)):
+        raise RecipeError(
+            where="loss.type",
+            found=f"{settings.type} needs {', '.join(sorted(missing))}, which no model returns",
+            expected=f"an objective that needs only {', '.join(get_args(Need))}",
+            fix=Overrides({"loss.type": LossSection().type}),
+        )
     return objective

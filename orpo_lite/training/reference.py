@@ -7,6 +7,7 @@ The log-probabilities are kept in the cache of the tokens: see
 
 import hashlib
 import json
+import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,10 +27,12 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.ops.devices import device_kind, dtype_name
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.folder import adapter_sha256
+from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.training.session import Session
 from orpo_lite.updates import Update
 
 BASE = "base"
+STAGE = "computing log-probabilities of the reference model"
 BLOCK = 64
 """Rows that are scored together. The blocks do not depend on what the cache holds already, so a
 computation that was killed gives the same bits when it is resumed."""
@@ -58,6 +61,9 @@ def add_reference(session: Session) -> Generator[Update, None, None]:
     Call it before the first step and before a checkpoint is read. Known log-probabilities are
     read from the cache; only the other ones are computed. Only pairs that the training or its
     evaluations use are computed.
+
+    Raises:
+        Interrupted: a signal was received. The computed log-probabilities are in the cache.
     """
     inputs, model = session.inputs, session.pair_model
     folder = reference_folder(session.recipe)
@@ -102,8 +108,10 @@ def _fill(
     done, total = len(rows) - len(missing), len(rows)
     place = {row: index for index, row in enumerate(rows)}
     for block in _blocks(missing):
-        stage = "log-probabilities of the reference model"
-        yield Update("stage", stage, done, total)
+        yield Update("stage", STAGE, done, total)
+        if session.processes.any(bool(session.signals)):
+            number = session.signals[0] if session.signals else signal.SIGTERM
+            raise Interrupted(number, session.path)
         chosen = pairs.select([place[row] for row in block])
         with use():
             scores = _result(

@@ -33,7 +33,7 @@ class Squared(Objective):
     parts = ("square", "rewards/accuracies")
     shown = (Metric("loss", "loss", "distance", "loss"), Metric("rewards/accuracies", "right", "share of right pairs"))
 
-    def loss(self, logps, divisors):
+    def loss(self, logps, facts, divisors):
         odds_P = log_odds(logps.chosen_P, logps.rejected_P)
         loss = (1 - odds_P).square().sum() / divisors.pairs
         right = (odds_P > 0).to(odds_P.dtype).sum() / divisors.pairs
@@ -94,9 +94,10 @@ def test_a_new_objective_touches_its_own_file_and_the_schema(
     (package / "objectives" / "squared.py").write_text(SQUARED, encoding="utf-8")
     schema = package / "recipe" / "schema.py"
     text = schema.read_text(encoding="utf-8")
-    assert text.count('type: Literal["orpo"]') == 1
+    assert text.count('type: Literal["orpo", ') == 1
     schema.write_text(
-        text.replace('type: Literal["orpo"]', 'type: Literal["orpo", "squared"]'), encoding="utf-8"
+        text.replace('type: Literal["orpo", ', 'type: Literal["squared", "orpo", '),
+        encoding="utf-8",
     )
     environment = os.environ | {"PYTHONPATH": str(package.parent)}
     done = subprocess.run(
@@ -125,7 +126,7 @@ def test_a_new_objective_touches_its_own_file_and_the_schema(
 def test_a_need_that_no_model_fills_is_refused(
     small_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Orpo, "needs", frozenset({"policy_logps", "scores"}))
+    monkeypatch.setattr(Orpo, "needs", frozenset({"rejected", "scores"}))
     for verb in (train, plan):
         with pytest.raises(RecipeError, match=r"loss\.type: orpo needs scores"):
             verb(small_recipe())

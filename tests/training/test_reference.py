@@ -1,0 +1,161 @@
+"""The reference pass: computed once, kept, resumed with equal bits, by the base or an adapter."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Answer
+from test_resume import go_on, same_bits
+
+from orpo_lite.api import train, train_events
+from orpo_lite.data import cache
+from orpo_lite.data.reference_cache import RECORD
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.runs.interrupt import Interrupted
+from orpo_lite.runs.records import read_metrics
+from orpo_lite.training import reference
+
+Build = Callable[..., Recipe]
+DPO = ("loss.type=dpo", "output.samples=0", "training.max_steps=4")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of tokens that no other test has filled."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv(cache.VARIABLE, str(folder))
+    cache.cache_folder.cache_clear()
+    yield folder
+    cache.cache_folder.cache_clear()
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of pairs of each block that a reference pass scores; blocks are small."""
+    counts: list[int] = []
+    plain = reference.score
+    monkeypatch.setattr(reference, "BLOCK", 4)
+    monkeypatch.setattr(
+        reference,
+        "score",
+        lambda model, pairs, *a, **k: counts.append(len(pairs)) or plain(model, pairs, *a, **k),
+    )
+    return counts
+
+
+def first_row(run: Path) -> dict[str, Any]:
+    return read_metrics(run)[0]
+
+
+def test_a_reference_is_computed_once_and_a_stopped_pass_goes_on(
+    small_recipe: Build,
+    scored: list[int],
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    done = 0
+    stopped = small_recipe(*DPO, "training.output_dir=stopped")
+    with pytest.raises(Interrupted):
+        for update in train_events(stopped):
+            if update.text == reference.STAGE and not done and update.step >= 12:
+                done = update.step
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert sum(scored) == done < 32
+    (file,) = own_cache.glob("*/reference-*.bin")
+    with file.open("ab") as stream:
+        stream.write(b"half a record")
+    _, resumed = go_on(Path("stopped"))
+    assert sum(scored) == 40
+    assert file.stat().st_size == 40 * RECORD.itemsize
+    assert first_row(resumed.run)["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
+
+    again = train(small_recipe(*DPO, "training.output_dir=again"))
+    assert sum(scored) == 40  # no reference pass
+    assert same_bits(again.run, resumed.run)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "empty"))
+    cache.cache_folder.cache_clear()
+    whole = train(small_recipe(*DPO, "training.output_dir=whole"))
+    assert sum(scored) == 80
+    assert same_bits(whole.run, resumed.run)
+
+    train(
+        small_recipe(*DPO, "training.output_dir=shorter", "training.max_steps=1", "training.seed=7")
+    )
+    assert sum(scored) > 80
+
+
+def test_a_damaged_record_is_computed_again(
+    small_recipe: Build, scored: list[int], own_cache: Path
+) -> None:
+    train(small_recipe(*DPO, "training.output_dir=one"))
+    (file,) = own_cache.glob("*/reference-*.bin")
+    content = bytearray(file.read_bytes())
+    content[3 * RECORD.itemsize + 9] ^= 1
+    file.write_bytes(content)
+    scored.clear()
+    train(small_recipe(*DPO, "training.output_dir=two"))
+    assert scored == [1]
+
+
+def test_the_reference_is_the_start_of_the_training_or_a_named_adapter(
+    small_recipe: Build, scored: list[int], call: Callable[..., Answer]
+) -> None:
+    sft = train(
+        small_recipe(
+            "loss.type=sft",
+            "output.samples=0",
+            "training.output_dir=sft",
+            "training.learning_rate=1e-2",
+        )
+    )
+    start = f"model.adapter_name_or_path={sft.run / 'adapter'}"
+    log2 = pytest.approx(0.693147, abs=1e-6)
+    tuned = train(small_recipe(*DPO, start, "training.output_dir=a"))
+    assert first_row(tuned.run)["eval_loss"] == log2
+    named = train(
+        small_recipe(
+            *DPO,
+            f"loss.reference_adapter_name_or_path={sft.run / 'adapter'}",
+            "lora.r=4",
+            "training.output_dir=b",
+        )
+    )
+    assert first_row(named.run)["eval_loss"] != log2
+    scored.clear()
+    base = train(
+        small_recipe(
+            *DPO, start, "loss.reference_adapter_name_or_path=base", "training.output_dir=c"
+        )
+    )
+    assert first_row(base.run)["eval_loss"] != log2
+    assert sum(scored) == 40
+    code, _, complaint = call(
+        "train",
+        "--recipe",
+        "./small.yaml",
+        *DPO,
+        "loss.reference_adapter_name_or_path=./nowhere",
+        "training.output_dir=d",
+    )
+    assert code == 8, complaint
+    assert "nowhere" in complaint
+    assert not Path("d").exists()
+
+
+def test_sft_trains_on_chosen_replies_only(small_recipe: Build) -> None:
+    result = train(small_recipe("loss.type=sft", "output.samples=0", "training.learning_rate=1e-2"))
+    rows = read_metrics(result.run)
+    steps = [row for row in rows if "loss" in row]
+    orpo = train(small_recipe("output.samples=0", "training.output_dir=orpo"))
+    tokens = next(row for row in read_metrics(orpo.run) if "loss" in row)["num_tokens"]
+    assert 0.3 < steps[0]["num_tokens"] / tokens < 0.7
+    assert result.after["eval_loss"] < result.before["eval_loss"]
+    assert result.verdict is not None
+    assert np.isfinite(result.verdict["models"][0]["accuracy"]["value"])
+    assert torch.isfinite(torch.tensor([row["loss"] for row in steps])).all()
