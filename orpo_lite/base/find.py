@@ -125,10 +125,10 @@ def is_wrapper(config: Any) -> bool:
 
 
 def changes_frequencies(config: Any, max_length: int) -> bool:
-    """Return True if rotary frequencies differ between sequences of up to ``max_length`` tokens.
+    """Return True if sequences of up to ``max_length`` tokens have not all the same frequencies.
 
-    The rope types dynamic and longrope use other frequencies for a sequence that is longer than the
-    model's original maximum.
+    This is so if the rope type is dynamic or longrope and ``max_length`` is above the model's
+    original maximum. These types use other rotary frequencies for a longer sequence.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     # Some models have one set of parameters per layer type.

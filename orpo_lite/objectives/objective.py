@@ -77,7 +77,7 @@ class Objective(ABC):
         self.settings = settings
 
     def divisors(self, pairs: Sequence[TokenizedPair]) -> Divisors:
-        """Return the divisors of an optimizer step on these pairs."""
+        """Return the numbers by which the loss of a step on these pairs divides its sums."""
         only = self.settings.completion_only_loss
         tokens = sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs)
         return Divisors(len(pairs), tokens)

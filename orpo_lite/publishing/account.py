@@ -60,7 +60,7 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
             where=where,
             found=found,
             expected=expected,
-            fix="unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, which has the same effect",
+            fix="unset both HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE: each of them turns offline mode on",
         )
     if not re.match("https?://.", constants.ENDPOINT):
         found, expected = f"{constants.ENDPOINT!r} is not a URL", "https:// followed by a host name"

@@ -84,7 +84,7 @@ def missing_columns(data: DataSection, rows: Sequence[Row]) -> set[str]:
 
 
 def first_rows_with(source: Source, missing: set[str], max_samples: int | None) -> list[Row]:
-    """Return the rows in which a column of ``missing`` appears for the first time.
+    """Return for each column in ``missing`` the first row that has it, each row only once.
 
     Only the first ``max_samples`` rows are searched (None: all rows).
     """
