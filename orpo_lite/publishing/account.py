@@ -55,12 +55,12 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
     """
     where = f"hub, {repository}"
     if constants.is_offline_mode():
-        found, expected = "cannot be reached: HF_HUB_OFFLINE is set", "a connection to the hub"
+        found, expected = "cannot be reached: offline mode is on", "a connection to the hub"
         raise HubError(
             where=where,
             found=found,
             expected=expected,
-            fix="unset both HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE: each of them turns offline mode on",
+            fix="unset both HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE: each of them turns it on",
         )
     if not re.match("https?://.", constants.ENDPOINT):
         found, expected = f"{constants.ENDPOINT!r} is not a URL", "https:// followed by a host name"
