@@ -77,8 +77,8 @@ def reworded(fix: str, text: str) -> str:
 def one_of(fixes: Iterable[str]) -> str:
     """Return one fix that suggests all fixes: A, B -> "A or B".
 
-    If some of the fixes are :class:`Overrides`, the result is an :class:`Overrides` with the values
-    of the first one.
+    If some of the fixes are :class:`Overrides`, the result is an :class:`Overrides` too. Its values
+    are those of the first :class:`Overrides` in ``fixes``.
     """
     options = [*fixes]
     first = next((fix for fix in options if isinstance(fix, Overrides)), "")

@@ -130,7 +130,7 @@ def in_blocks(stored: Stored, multiple: int | None = None) -> Iterator[Rows]:
 
 
 def read_rows(rows: Rows) -> Tensor:
-    """Read rows into a new tensor. Raise :class:`ModelError` if the file ends before the rows."""
+    """Read rows into a new tensor. Raise :class:`ModelError` if the file lacks some rows."""
     stored = rows.stored
     count = (rows.stop - rows.start) * stored.row_bytes
     data = torch.empty(count, dtype=torch.uint8)

@@ -116,7 +116,8 @@ def is_wrapper(config: Any) -> bool:
     """Return True if the base's files hold more than the part of the model that is trained.
 
     Example: the files hold an image encoder and a language model. Only the language model is
-    trained. Its layers have longer names in the files than in the trained part.
+    trained. In the files, the layers of the language model have longer names than in the trained
+    part.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -125,10 +126,11 @@ def is_wrapper(config: Any) -> bool:
 
 
 def changes_frequencies(config: Any, max_length: int) -> bool:
-    """Return True if sequences of up to ``max_length`` tokens have not all the same frequencies.
+    """Return True if two sequences of up to ``max_length`` tokens can have different frequencies.
 
-    This is so if the rope type is dynamic or longrope and ``max_length`` is above the model's
-    original maximum. These types use other rotary frequencies for a longer sequence.
+    The rope types dynamic and longrope have other rotary frequencies for a sequence that is longer
+    than the model's original maximum. The result is True if the model has one of these types and
+    ``max_length`` is above the original maximum.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     # Some models have one set of parameters per layer type.
@@ -145,8 +147,8 @@ def changes_frequencies(config: Any, max_length: int) -> bool:
 def find_config(name: str, revision: str) -> Any:
     """Return the transformers configuration of a base in a folder or on the hub.
 
-    The configurations of the shipped recipes' bases are in this package's bases.json. For revision
-    "main" of such a base, no request to the hub is needed.
+    bases.json in this package holds the configurations of the bases that the shipped recipes use.
+    For revision "main" of such a base, no request to the hub is needed.
 
     Raises the same errors as :func:`find_base`.
     """

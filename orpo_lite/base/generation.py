@@ -1,4 +1,4 @@
-"""Read the generation config of a base, and extend eos_token_id by the end token of an answer."""
+"""Read the generation config of a base, and add the end token of an answer to eos_token_id."""
 
 import json
 from collections.abc import Mapping

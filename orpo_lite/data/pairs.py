@@ -149,7 +149,7 @@ class PairReader:
             raise DataError(
                 where=place,
                 found=f"{len(ending_with_place)} rows in different folders match",
-                expected="a place with enough folders in front to match only one row",
+                expected="a place that matches only one row: add folders in front, as in x/p.csv:3",
                 fix=" or ".join(pair.where for pair in ending_with_place[:MAX_PLACES]),
             )
         if similar := ends_of_place or ending_with_place:

@@ -74,8 +74,8 @@ def tokenize_pairs(
 
     Prompt and response are tokenized together as one text, as in generation. A token with
     characters of both prompt and response belongs to the response. There is one exception: a token
-    with ``rstrip`` also contains the white space that follows the token. If the token contains
-    nothing else of the response, the token belongs to the prompt.
+    with ``rstrip`` also contains the white space that follows the token. If the token contains only
+    white space of the response, the token belongs to the prompt.
 
     Three batches are processed at the same time: this function assembles one batch, the next batch
     is tokenized (on all cores), and the batch after that is rendered.

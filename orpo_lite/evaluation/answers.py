@@ -142,7 +142,7 @@ class Task:
 
     @property
     def is_finished(self) -> bool:
-        """True if the answer file is unchanged since a command with an equal ``key`` wrote it."""
+        """True if the answer file was written with an equal ``key`` and did not change later."""
         head = _read_progress(self.progress)[0]
         return head.get("key") == self.key and _is_result(self.to, head)
 

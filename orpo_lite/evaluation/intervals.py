@@ -62,11 +62,11 @@ class Mean:
 
         The interval is the smallest one that contains two others: the percentile interval of the
         bootstrap, and the t-interval of the jackknife. The percentile interval follows a skewed
-        distribution, but is too narrow for a share on few prompts. In simulations with 10
-        prompts, the percentile interval contained the true value in 87% of the cases, and the
-        t-interval in 96%. A BCa interval contained the true value in fewer cases than
-        the percentile interval. With 100 prompts, the percentile interval and the t-interval are
-        nearly the same.
+        distribution, but is too narrow if the value is a share and there are few prompts. In
+        simulations with 10 prompts, the percentile interval contained the true value in 87% of the
+        cases, and the t-interval in 96%. A BCa interval contained the true value in fewer cases
+        than the percentile interval. With 100 prompts, the percentile interval and the t-interval
+        are nearly the same.
         """
         prompts = len(self.without_M)
         if prompts == 0 or not math.isfinite(self.value):
@@ -142,9 +142,9 @@ def share_difference(mean: Mean) -> Interval:
 
     If every prompt has the same difference d, every resample of the bootstrap has the difference d
     too, so the bootstrap interval has no width. Then the interval is computed for the worst case: a
-    share p of all prompts may have another difference than d. The exact binomial interval gives the
-    largest p: 0.31 for 10 prompts. For the lower end, the other difference is -1, so the end is
-    (1 - p) * d - p. For the upper end, the other difference is 1, so the end is (1 - p) * d + p.
+    share p of all prompts does not have the difference d. The exact binomial interval gives the
+    largest possible p: 0.31 for 10 prompts. The lower end is (1 - p) * d - p: the share p has the
+    difference -1. The upper end is (1 - p) * d + p: the share p has the difference 1.
     """
     found, prompts = mean.interval(), len(mean.without_M)
     if found.value is None or found.low is None or found.high is None:

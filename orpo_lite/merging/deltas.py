@@ -137,7 +137,10 @@ class ConvertedDelta:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedGroup:
-    """Parameters with the same origin, and a LoRA delta for each parameter with an adapter."""
+    """Parameters that are loaded from the same stored tensors, and the parameters' LoRA deltas.
+
+    A parameter without an adapter has no delta.
+    """
 
     origin: Origin
     deltas: Mapping[str, LoraDelta]

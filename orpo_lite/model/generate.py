@@ -199,9 +199,9 @@ class Answerer:
     def padding_fault(self) -> str:
         """The reason why this model cannot answer prompts in a padded batch; "" if it can.
 
-        As a test, random prompts of three lengths are continued with random tokens, which the model
-        does not choose: first in one padded batch, then one prompt at a time. The logits must be
-        equal within :data:`SAME`.
+        In a test, the model reads random prompts of three lengths: first all prompts in one padded
+        batch, then one prompt at a time. The answers are given random tokens, which are the same
+        both times. The logits of both times must be equal within :data:`SAME`.
         """
         numbers = torch.Generator().manual_seed(0)
         vocabulary = min(256, self.model.config.get_text_config().vocab_size)

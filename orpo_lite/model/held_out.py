@@ -56,7 +56,10 @@ def evaluate(
 def score(
     model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, *, pad_id: int = 0
 ) -> Generator[tuple[int, int], None, PairLogps]:
-    """Return the scores of pairs. Use one process. Yield progress as :func:`evaluate` does."""
+    """Yield progress as :func:`evaluate` does; finally return the scores of pairs.
+
+    This process computes the scores of all pairs.
+    """
     passes = yield from _forward(model, pairs, recipe, pad_id=pad_id)
     return PairLogps(*_in_order(passes, len(pairs), model.device).cpu())
 

@@ -158,7 +158,7 @@ def _check_own_forward(model: PairModel) -> None:
         raise ModelError(
             where=where,
             found=f"its forward pass changes its weights ({changed_weights[0]} ...), "
-            "so the adapter no longer fits them",
+            "so the adapter does not fit the changed weights",
             fix="set rescale_every to 0 in the model's config.json"
             if has_rescaling
             else "use another base",
@@ -168,8 +168,8 @@ def _check_own_forward(model: PairModel) -> None:
     if not difference <= logit_rounding(model):
         raise ModelError(
             where=where,
-            found="its tokens see later tokens, so the model fills in text and does not continue "
-            "it",
+            found="its logits at a token depend on later tokens, as in a model that fills gaps in "
+            "a text",
             expected="a causal language model",
         )
 

@@ -77,7 +77,10 @@ class Objective(ABC):
         self.settings = settings
 
     def divisors(self, pairs: Sequence[TokenizedPair]) -> Divisors:
-        """Return the numbers by which the loss of a step on these pairs divides its sums."""
+        """Return the divisors of the loss: the number of pairs, and the number of NLL tokens.
+
+        ``pairs``: all pairs of an optimizer step or of an evaluation.
+        """
         only = self.settings.completion_only_loss
         tokens = sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs)
         return Divisors(len(pairs), tokens)
@@ -104,7 +107,7 @@ class Objective(ABC):
         """Return the metrics of a step. One of them is ``loss``.
 
         ``parts``: one number for each name in the class attribute :attr:`parts`, in the same order.
-        The number is the sum of this value over the whole step.
+        Each number is the sum of the value with this name over the whole step.
         """
 
     def described(self) -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ NAME = "orpo_lite_pairs"  # the key of pair_attention in transformers' Attention
 class UnsupportedError(Exception):
     """A model calls :func:`pair_attention` with an option that this function does not support.
 
-    Such a model cannot process packed rows, so each sequence must go through the model alone.
+    Such a model cannot process packed rows. So each sequence needs its own forward pass.
     """
 
 

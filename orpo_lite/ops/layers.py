@@ -223,9 +223,9 @@ class HostPool:
         """Return a place for a tensor. If no slab has enough free bytes, allocate a new slab.
 
         ``expected`` is the number of tensors of this size that still need a place, including
-        ``tensor``. To leave little memory unused, the new slab's size is the largest power of two
-        that is not above the total size of these tensors. If ``tensor`` does not fit into that
-        size, it is the smallest power of two into which ``tensor`` fits.
+        ``tensor``. The size of a new slab is the largest power of two that is not above the total
+        size of these tensors. So little memory is unused. If ``tensor`` does not fit into such a
+        slab, the slab's size is the smallest power of two into which ``tensor`` fits.
         """
         size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         fitting = [slab for slab in self._slabs if slab.free_bytes >= size]

@@ -145,11 +145,11 @@ def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: floa
 
 
 def frozen_weight(layer: nn.Module) -> Weight | None:
-    """Return a function that returns the matrix of ``layer``.
+    """Return a function that returns the matrix of ``layer``; None if ``layer`` is not supported.
 
     The function dequantises a 4-bit matrix at each call. Two kinds of layers are supported:
     nn.Linear, and 4-bit layers that replace an nn.Linear. If a 4-bit layer has a compute dtype,
-    this dtype must be the dtype of the dequantised matrix. For any other layer, the result is None.
+    this dtype must be the dtype of the dequantised matrix.
     """
     # source_cls is the type of the layer that transformers has replaced by a 4-bit layer.
     if getattr(layer, "source_cls", nn.Linear) is not nn.Linear:

@@ -192,14 +192,21 @@ def _is_similar(group: Sequence[Segment]) -> bool:
 
 
 def clear_row_caches() -> None:
-    """Empty the caches of recent rows. A measured step then allocates its index tensors again."""
+    """Empty the caches of recent rows, which hold index tensors.
+
+    Call this before the memory of a step is measured. The step then allocates all its index tensors
+    again, so they are measured too.
+    """
     _key_index.cache_clear()
     _starts.cache_clear()
     similar_runs.cache_clear()
 
 
 def join_tokens(tensor: Tensor, prefix: slice, own: slice) -> Tensor:
-    """Return the tokens at ``prefix``, then those at ``own``. Empty ``prefix``: return a view."""
+    """Return the tokens at ``prefix``, followed by the tokens at ``own``.
+
+    If ``prefix`` is empty, return a view of ``tensor``, not a copy.
+    """
     own_tokens = tensor[:, :, own]
     if prefix.stop <= prefix.start:
         return own_tokens

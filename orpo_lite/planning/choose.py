@@ -37,7 +37,7 @@ def choose_memory(
         inputs: the base and the tokenized pairs.
         path: the run folder. If the run is resumed, it may contain plan.json.
         processes: the processes of the run. All of them use the same plan.
-        changed: the recipe keys whose values differ from the values at the start of the run.
+        changed: the recipe keys whose values differ from the values in the run's newest step.
 
     Raises:
         FitError: the training does not fit the budget with any memory settings.
@@ -60,11 +60,11 @@ def choose_memory(
     if still_fits and not is_changed:
         return recipe.with_memory(before["levers"]), {}
     if before:
-        why = "has other memory settings than the recipe" if still_fits else "does not fit any more"
+        why = "has other memory settings than the recipe" if still_fits else "exceeds the budget"
         yield Update(
             "note",
-            f"the plan made when the run started {why}. A new plan is made, and results may "
-            "differ in the last bits",
+            f"the earlier plan of this run {why}. A new plan is made, and results may differ in "
+            "the last bits",
         )
     yield Update("stage", "planning the memory of a step")
     lengths = pair_lengths(inputs.train)

@@ -72,9 +72,9 @@ class LayerExtrapolation:
             models: the cache of models from earlier measurements of the recipe; None for a new one.
             on_device: the extrapolation for the same settings without offload; None if these
                 settings have no offload.
-            alike: an extrapolation for other settings. With both settings, an un-checkpointed layer
-                must need the same bytes and the same operators. ``alike`` measures this layer for
-                both. None: this extrapolation measures the layer.
+            alike: an extrapolation for other settings. ``alike`` measures an un-checkpointed layer,
+                and this extrapolation uses the result. So the layer must need the same bytes and
+                the same operators with both settings. None: this extrapolation measures the layer.
             untiled: the extrapolation for the same settings without MLP tiles and with the recipe's
                 ``head_chunk``; None if these settings have no MLP tiles.
         """
@@ -145,7 +145,7 @@ class LayerExtrapolation:
         return max(recomputing, backward)
 
     def work(self, layers: int, kept: int) -> Counter[tuple[int, int]]:
-        """Count the operators of a step: (FLOPs, bytes moved) -> number of such operators."""
+        """Return how often a step runs each kind of operator: (FLOPs, bytes moved) -> count."""
         total = Counter(self._two.work)
         parts = [(_added(self._two.work, self._three.work), layers - kept - self._few)]
         if kept:

@@ -15,8 +15,8 @@ ROLES = ("write", "contributor", "admin")  # roles in an organisation that may w
 class WrongTargetError(HubError):
     """The owner or the visibility of the requested repository is wrong.
 
-    Two attributes describe another push, which the fix suggests. ``instead`` is the name of the
-    repository, and ``is_private`` is the repository's visibility.
+    The fix suggests a repository with another owner or another visibility. ``instead`` is the name
+    of the suggested repository, and ``is_private`` is its visibility.
     """
 
     def __init__(self, *, instead: str, is_private: bool, **message: str) -> None:

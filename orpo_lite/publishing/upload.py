@@ -191,7 +191,7 @@ def _create(target: Target) -> Attempt[Target]:
             raise HubError(
                 where=where,
                 found="cannot be created (409), although you can see no repository of this name",
-                expected="a name that nobody uses",
+                expected="a name that no repository has",
                 fix="use another name",
             ) from None
         return made

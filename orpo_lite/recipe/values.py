@@ -28,7 +28,7 @@ def read_steps(value: object) -> float:
 
 
 def refuse_zero(value: int) -> int:
-    """Return a number of steps, or -1 (as many steps as the epochs need). Refuse 0."""
+    """Return ``value``, a number of steps; -1: as many as the epochs need. Refuse 0."""
     if value == 0:
         raise ValueError("at least one step, or -1 for as many as num_train_epochs needs")
     return value

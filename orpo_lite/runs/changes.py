@@ -169,7 +169,7 @@ def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def find_changes(path: Path, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
-    """Compare ``recipe`` with the recipe values of a run's newest step. Call this before a resume.
+    """Compare ``recipe`` with the values of a run's newest step. Call this before a resume.
 
     Returns:
         The recipe with which the run is resumed, and ``section.key`` -> new value for each changed
@@ -269,9 +269,10 @@ def record_changes(
 ) -> None:
     """Record in recipe.yaml and lock.json that a run continues after ``step`` with new values.
 
-    If the run continues from an older checkpoint, lock.json may already have changes at later
-    steps. The run repeats the steps after ``step`` with the values of these changes. So these
-    changes move to ``step``. Example for step 100: a change after step 200 -> after step 100.
+    If the run continues from an older checkpoint, lock.json may have changes at later steps than
+    ``step``. The run repeats the steps after ``step``, and uses the new values from these changes.
+    So lock.json then records these changes at ``step``. Example: if ``step`` is 100, a change after
+    step 200 becomes a change after step 100.
 
     recipe.yaml is written first. If the process is killed before lock.json is written, the next
     resume finds the change in recipe.yaml.

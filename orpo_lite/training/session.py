@@ -127,7 +127,7 @@ def load_session(
                 text=f"end other programs that use the GPU (nvidia-smi lists them), then: {line}",
             ),
         ) from error
-    yield Update("stage", "comparing the fast step with the model's own code")
+    yield Update("stage", "comparing orpo-lite's code with the model's own code")
     if not recipe.memory.packing:
         probe_operations(pair_model)
     else:

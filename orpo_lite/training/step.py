@@ -163,9 +163,9 @@ def update(
     """Clip the gradients. If loss and gradients are finite, take the optimizer's step.
 
     Returns:
-        The norm of the gradients before clipping, and True if loss and gradients were finite. If
-        only the scaled float16 loss overflows, the second value is also True: the scaler skips
-        the step and lowers its scale.
+        The norm of the gradients before clipping, and True if loss and gradients were finite. The
+        second value is also True if the gradients are not finite only because the scaled float16
+        loss overflows. Then the scaler skips the step and lowers its scale.
     """
     scaler.unscale_(optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))

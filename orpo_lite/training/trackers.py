@@ -93,9 +93,9 @@ class Trackers:
         """Start the trackers. Yield a note for each tracker: how to open it, or why it failed.
 
         If the training is ``resumed`` after ``state.step``, each tracker keeps its old values and
-        adds the new values. Only tensorboard first deletes the values of ``state.step`` and of
-        later steps. The training does not repeat ``state.step``. So the rows of ``state.step`` in
-        metrics.jsonl are logged to tensorboard again.
+        adds the new values. tensorboard is an exception: before it adds new values, it deletes the
+        values of ``state.step`` and of later steps. The training does not repeat ``state.step``. So
+        the rows of ``state.step`` in metrics.jsonl are logged to tensorboard again.
         """
         config = {
             key: value if isinstance(value, bool | int | float | str) else to_text(value)

@@ -107,10 +107,10 @@ def is_blank(value: Any) -> bool:
 
 
 def unpack_json(value: Any, column: str = "") -> Any:
-    """Parse the text of a list or of messages: "[1, 2]" -> [1, 2].
+    """Parse a text that contains a list or messages: "[1, 2]" -> [1, 2].
 
-    The text is JSON, or was printed by Python: "['a']". Example: a cell of a csv table.
-    Any other value is returned unchanged.
+    The text is JSON, or Python has printed it: "['a']" -> ["a"]. For example, a cell of a csv table
+    contains such a text. Any other value is returned unchanged.
     """
     parsed = normalize(_parsed(value), column)
     if isinstance(parsed, list) and all(isinstance(item, Mapping) for item in parsed):
@@ -286,7 +286,8 @@ def begins_templated(value: Any) -> bool:
     """Return whether a text in a value looks like the output of a chat template.
 
     Such a text begins with a template's marker, has a template's turns, or ends with the marker
-    that comes before a reply.
+    that comes before a reply. A marker that comes after a reply (<|im_end|>) is not enough here,
+    but it is enough in :func:`is_templated`.
     """
     return any(_begins_templated(text) and not is_dialogue(text) for text in texts_in(value))
 

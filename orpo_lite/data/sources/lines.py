@@ -117,7 +117,7 @@ def conversion_command(file: File, program: str, suffix: str) -> Command:
 
 
 def lines(file: File, faults: list[DataError]) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, bytes) of each line.
+    """Yield (line number, line) for each line. The line is bytes and includes its line end.
 
     A line over MAX_ROW_BYTES is not yielded. An error for this line is added to ``faults``.
     """

@@ -302,9 +302,9 @@ def _missing(path: Path, similar: Sequence[str], expected: str = "a file or fold
 
 
 def path_settings(path: Path, names: Sequence[str]) -> str:
-    """Return a fix: one data.dataset_name setting for each of ``names``, joined by "or".
+    """Return a fix: "data.dataset_name=x/a.csv or data.dataset_name=x/b.csv".
 
-    ``names``: names of files in the folder of ``path``.
+    ``names``: names of files in the folder of ``path``, here a.csv and b.csv in x.
     """
     return one_of(dataset_name_setting([str(path.with_name(name))]) for name in names)
 

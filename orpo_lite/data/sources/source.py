@@ -160,7 +160,10 @@ def split_note(split: str, names: Sequence[str]) -> str:
 
 
 def noted_split(note: str) -> str | None:
-    """Return the held-out split that a :func:`split_note` names; None if no split is named."""
+    """Return the held-out split that a note names; None if the note names no held-out split.
+
+    ``note``: text with a result of :func:`split_note`.
+    """
     found = re.search(rf"{TEST_SPLIT}=(\S+) would use", note)
     return found[1] if found else None
 
