@@ -1,7 +1,7 @@
 """Find the value type of each column, and the columns that hold the prompt, the replies and so on.
 
 Only the first rows of a dataset are examined. A column's type is the most frequent type of its
-values; empty values do not count. The prompt may be in a column with another name, such as question.
+values; empty values do not count. The prompt may be in a column of another name, such as question.
 If several columns fit and their values differ, an error lists data.column_map settings.
 """
 
