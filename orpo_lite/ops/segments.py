@@ -3,11 +3,12 @@
 A segment is a part of the row whose tokens attend to each other causally. A segment can have a
 prefix: another part of the row, to which all tokens of the segment attend too.
 
-If a pair shares its prompt, the row contains ``[prefix | chosen rest | rejected rest]``: the common
-prefix of the two sequences, and then the rest of each sequence. The first segment is the common
-prefix and the chosen rest. The second segment is the rejected rest, and its prefix is the common
-prefix. So the rejected tokens attend as if they followed the common prefix directly. For this
-purpose, the causal mask is aligned bottom-right: the last query is at the position of the last key.
+The chosen and the rejected sequence of a pair begin with the same tokens, the common prefix. If the
+row contains the prefix only once, it is ``[prefix | chosen rest | rejected rest]``. The first
+segment is the common prefix and the chosen rest. The second segment is the rejected rest, and its
+prefix is the common prefix. So the rejected tokens attend as if they followed the common prefix
+directly. A segment with a prefix has more keys than queries. Its causal mask is aligned
+bottom-right: the last query is at the position of the last key.
 """
 
 from __future__ import annotations

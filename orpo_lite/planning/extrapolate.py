@@ -181,10 +181,10 @@ class LayerExtrapolation:
     def least_seconds_per_token(
         self, untiled: "LayerExtrapolation", layers: int, kept: int, gpu: Gpu
     ) -> float:
-        """Return a lower bound of :meth:`seconds_per_token`. The bound needs fewer measured steps.
+        """Return a lower bound of :meth:`seconds_per_token` that needs fewer measured steps.
 
-        ``untiled`` is the extrapolation without MLP tiles. The bound uses the time of checkpointed
-        layers without tiles. The time with tiles is never shorter, because tiles only add work.
+        ``untiled`` has the same settings without MLP tiles. The bound takes the time of checkpointed
+        layers from ``untiled``. With tiles they are never faster, because tiles only add work.
         """
         plain = untiled._on_device or untiled
         without = untiled.seconds_per_token(layers, 0, gpu)

@@ -190,9 +190,11 @@ def restore_session(
 ) -> Generator[Update, None, TrainState]:
     """Load the newest valid checkpoint. Yield notes; return the state.
 
-    If the run has no checkpoint, the state is new. If a step was out of memory, the run changed
-    ``memory`` settings. These changes are applied again, except for settings in ``changed``: a
-    person has set the settings in ``changed`` for the resumed run.
+    If the run has no checkpoint, the state is new. If a step ran out of memory, the run reduced
+    some ``memory`` settings, and the checkpoint stores their values. They are used again, but not
+    if a person set such a setting when resuming.
+
+    ``changed``: ``section.key`` -> value of each setting that the person set when resuming.
 
     Raises:
         CheckpointError: the run has checkpoints, but none is valid.

@@ -73,9 +73,9 @@ def find_files(name: str, split: str, key: str) -> LocalSource:
 
     Args:
         name: a file, a folder or a pattern.
-        split: auto, or the name of a split. In a folder, only files of this split are read. For a
-            pattern, all files are read if the split is auto or train. If ``name`` is a file,
-            ``split`` is ignored.
+        split: the name of a split, or auto, which means the training split. A file is read whatever
+            the split is. In a folder, only the files of the split are read. For a pattern, all
+            matching files are read if split is auto or train; else only those of the split.
         key: the setting that names the split, for the fixes of errors.
 
     Raises DataError.
