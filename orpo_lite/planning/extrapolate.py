@@ -183,8 +183,8 @@ class LayerExtrapolation:
     ) -> float:
         """Return a lower bound of :meth:`seconds_per_token` that needs fewer measured steps.
 
-        ``untiled`` has the same settings without MLP tiles. The bound takes the time of checkpointed
-        layers from ``untiled``. With tiles they are never faster, because tiles only add work.
+        ``untiled`` has the same settings without MLP tiles. The bound takes the time of
+        checkpointed layers from it. Tiles only add work, so these layers are never faster.
         """
         plain = untiled._on_device or untiled
         without = untiled.seconds_per_token(layers, 0, gpu)
