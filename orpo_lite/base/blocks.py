@@ -81,7 +81,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def read_header(file: Path) -> list[Stored]:
-    """Read the header of a safetensors file. Return a :class:`Stored` per tensor, by offset.
+    """Return a :class:`Stored` for each tensor of a safetensors file, sorted by offset.
+
+    Only the header of the file is read.
 
     The format is described in https://github.com/huggingface/safetensors, section "Format".
 

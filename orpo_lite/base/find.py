@@ -267,11 +267,14 @@ def check_embedding(recipe: Recipe, config: Any) -> None:
 def load_tokenizer(path: Path) -> Any:
     """Return the tokenizer of a base or adapter folder, exactly as tokenizer.json defines it.
 
-    Some tokenizer classes of transformers read only the vocabulary from tokenizer.json and build
-    the rest of the tokenizer themselves. In three cases, PreTrainedTokenizerFast replaces the
-    class, because it reads the whole file: the tokenizer of the class differs from the file, the
-    class is a slow tokenizer, or the class raises an error other than OSError and ValueError. The
-    attribute ``replaced`` of the result holds the reason, or "" if the class was not replaced.
+    PreTrainedTokenizerFast reads tokenizer.json unchanged. It replaces the tokenizer's own class in
+    three cases:
+
+    - The own class changes a part of tokenizer.json.
+    - The own class is a slow tokenizer.
+    - The own class raises an error, but not an OSError or ValueError.
+
+    The attribute ``replaced`` of the result gives the reason. It is "" without a replacement.
 
     Raises:
         ModelError: the tokenizer cannot be loaded.

@@ -150,9 +150,9 @@ Rendered = PairTexts | str | OrpoLiteError
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Template:
-    """Return the template of data.chat_template. Store the template in the tokenizer, for saving.
+    """Return the template that data.chat_template chooses, and store it in the tokenizer.
 
-    Raises RecipeError for unusable settings. Raises ModelError for no eos or no default template.
+    Raises RecipeError for unusable settings, ModelError if a needed eos or template is missing.
     """
     text, description = _choose_template(tokenizer, data)
     if text is not None:

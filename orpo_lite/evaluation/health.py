@@ -316,8 +316,8 @@ def too_easy_data(curves: Curves) -> Finding | None:
     One of two signs is enough:
 
     - The base already ranks most pairs correctly before the training.
-    - A rule that only looks at the length of replies ranks most pairs correctly. The rule ranks
-      at least as many pairs correctly as the trained model.
+    - A rule that only looks at the length of replies ranks most pairs correctly, and is right on
+      at least as many pairs as the trained model.
     """
     reasons = []
     first, pairs, where = _accuracy_before(curves)

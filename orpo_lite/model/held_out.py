@@ -56,9 +56,10 @@ def evaluate(
 def score(
     model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, *, pad_id: int = 0
 ) -> Generator[tuple[int, int], None, PairLogps]:
-    """Yield progress as :func:`evaluate` does; finally return the scores of pairs.
+    """Yield (batches done, all batches) as progress; finally return the scores of the pairs.
 
-    This process computes the scores of all pairs.
+    The scores have the same form as in :func:`evaluate`. The pairs are not divided among processes:
+    each process that calls this function computes the scores of all pairs.
     """
     passes = yield from _forward(model, pairs, recipe, pad_id=pad_id)
     return PairLogps(*_in_order(passes, len(pairs), model.device).cpu())

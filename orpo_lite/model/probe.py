@@ -81,8 +81,8 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
 def probe_operations(model: PairModel) -> None:
     """Compare this package's layers with the model's own layers.
 
-    For a recipe without packing, this part of :func:`probe` is enough: the other part chooses how
-    packed pairs go through the model (:data:`orpo_lite.model.pair_model.Route`).
+    Use this function for a recipe without packing. For a recipe with packing, use :func:`probe`: it
+    makes the same comparison, and then chooses a route for packed pairs.
     """
     with _random_adapter(model):
         _compare_operations(model)

@@ -1,9 +1,8 @@
-"""Compare gradients with the model's own gradient.
+"""Check that ways to save time or memory change the gradient only by rounding.
 
-The own gradient is computed with the layers of the model's code and of peft. Each of two other
-gradients is compared with the own gradient: the gradient on a route
-(:data:`orpo_lite.model.pair_model.Route`), and the gradient with this package's layers (fused LoRA,
-tiled MLPs).
+Three ways are checked: the route of pairs through the model
+(:data:`orpo_lite.model.pair_model.Route`), this package's layers (fused LoRA, tiled MLPs), and
+checkpointing.
 """
 
 import math
@@ -45,16 +44,16 @@ class Gradient(NamedTuple):
 
 
 def own_gradient(model: PairModel) -> Gradient:
-    """Return the model's own gradient, and a bound: the largest relative change by rounding.
+    """Return the gradient without this package's layers, and a bound for its rounding errors.
 
-    The gradient is computed with the layers of the model's code and of peft, without the layers of
-    this package. All logits are in memory.
+    The gradient is computed with the layers of the model's code and of peft. All logits are in
+    memory. The bound is the largest relative difference that rounding can cause.
 
-    In float64 and float32, the bound is fixed. In half precision, the bound is measured: noise of
-    the size of a rounding error is added to the embeddings. The bound is three times the relative
-    change that this noise causes in the gradient, but at least 0.01 and at most 0.3. If the same
-    operations run in another order, the gradient changes about as much as with the noise: by 1%
-    (Llama) to 10% (Gemma).
+    In float64 and float32, the bound is fixed. In half precision, the bound is measured:
+
+    - Noise of the size of a rounding error is added to the embeddings.
+    - The relative change of the gradient is measured: about 1% (Llama) to 10% (Gemma).
+    - The bound is three times this change, but at least 0.01 and at most 0.3.
     """
     with own_layers(model):
         parts = _gradient(model, "logits")
@@ -83,7 +82,10 @@ def gradient_difference(model: PairModel, route: Route, own: Gradient) -> str:
 
 
 def check_reruns(model: PairModel) -> None:
-    """Check that the gradient is the same with and without checkpointing (and offload, if used).
+    """Check that the gradient is right if layers run again in the backward pass.
+
+    The gradient is computed twice: with the checkpointing and the offload that the model uses, and
+    without them. The two gradients must be equal except for rounding.
 
     Raises:
         ModelError: the two gradients differ, or the gradient without checkpointing is not finite.

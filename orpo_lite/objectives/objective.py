@@ -87,7 +87,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, logps: PairLogps, divisors: Divisors) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch's share of the step's loss, and of each value named in ``parts``.
+        """Return a micro-batch's shares of the step's loss and of the values named in ``parts``.
 
         The shares of all micro-batches and processes add up to the step's loss. The planner calls
         this method on the meta device, where tensors have no values. So an objective must not
@@ -95,19 +95,20 @@ class Objective(ABC):
 
         Args:
             logps: log-probabilities of the P pairs of this micro-batch.
-            divisors: divisors of the whole optimizer step.
+            divisors: the numbers of pairs and of NLL tokens in the whole optimizer step. The loss
+                divides its sums over the micro-batch by them.
 
         Returns:
-            A scalar for the backward pass, and the values named in ``parts`` as a detached tensor
-            of shape (len(parts),).
+            The share of the loss as a scalar for the backward pass, and the shares of the values
+            named in ``parts`` as a detached tensor of shape (len(parts),).
         """
 
     @abstractmethod
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
-        """Return the metrics of a step. One of them is ``loss``.
+        """Return name -> value of each metric of a step or evaluation. One metric is ``loss``.
 
-        ``parts``: one number for each name in the class attribute :attr:`parts`, in the same order.
-        Each number is the sum of the value with this name over the whole step.
+        ``parts``: the values that ``self.parts`` names, in the same order. Each value is already
+        summed over all micro-batches and processes.
         """
 
     def described(self) -> list[tuple[str, str]]:
@@ -131,10 +132,10 @@ class Objective(ABC):
 
 
 def find_objective(settings: LossSection) -> Objective:
-    """Return the objective that ``loss.type`` names. The objective gets the settings of ``loss``.
+    """Return the objective for the recipe's ``loss`` settings.
 
-    The type is the name of a module, and ``OBJECTIVE`` in this module is the objective's class:
-    ``orpo`` -> ``OBJECTIVE`` in ``orpo.py``.
+    Its class is ``OBJECTIVE`` in the module that ``loss.type`` names: the type ``orpo`` ->
+    ``OBJECTIVE`` in ``orpo.py``.
 
     Raises:
         RecipeError: the objective needs an output that no model returns.

@@ -104,13 +104,16 @@ class AttentionOptions(NamedTuple):
 def as_sequences(
     query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, int, int]]:
-    """Return a row as concatenated sequences, the input format of varlen kernels.
+    """Return a row's queries, keys and values in the input format of varlen kernels.
+
+    Each segment becomes one sequence. All sequences are in one tensor, one after another. In keys
+    and values, a copy of the segment's prefix comes first in the sequence.
 
     Returns:
-        Queries (T, H, E), keys (S, K, E), values (S, K, E') and ``lengths``. In keys and values,
-        each segment follows a copy of its prefix. ``lengths`` has four entries: the first index of
-        each sequence in the queries, the first index of each sequence in the keys, the length of
-        the longest sequence in the queries, the length of the longest sequence in the keys.
+        Queries (T, H, E), keys (S, K, E), values (S, K, E'), and a tuple of four entries:
+        (starts_q, starts_k, longest_q, longest_k). ``starts_q`` has the index at which each
+        sequence begins in the queries, and then T. ``longest_q`` is the length of the longest
+        sequence in the queries. ``starts_k`` and ``longest_k`` are the same for the keys.
     """
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if any(segment.prefix_length for segment in segments):
@@ -141,10 +144,10 @@ def _starts(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor
 class Run(NamedTuple):
     """Consecutive segments of a row, with similar lengths.
 
-    ``queries`` and ``keys`` are slices of the queries and keys from :func:`as_sequences`.
-    ``starts_q`` contains the index at which each segment begins in the slice ``queries``, and then
-    the length of the slice. ``starts_k`` has the corresponding numbers for the slice ``keys``. In
-    ``keys``, a segment begins with a copy of its prefix.
+    ``queries``: the slice of the queries from :func:`as_sequences` that holds these segments.
+    ``starts_q``: the start of each segment in this slice, and then the length of the slice.
+    Example: segments with 3 and 4 queries -> [0, 3, 7]. ``keys`` and ``starts_k``: the same for the
+    keys. The keys of a segment begin with the keys of its prefix.
     """
 
     queries: slice
@@ -161,11 +164,11 @@ PADDING = 2
 
 @lru_cache(maxsize=4)
 def similar_runs(segments: tuple[Segment, ...], device: torch.device) -> tuple[Run, ...]:
-    """Split the segments of a row into runs of similar length.
+    """Split the segments of a row into runs. The segments of a run have similar lengths.
 
-    Some kernels pad each sequence to the longest sequence of a call. To save memory, such a kernel
-    is called once per run. Within a run, padding multiplies the number of queries and the number of
-    keys by at most :data:`PADDING`.
+    Some kernels pad each sequence to the longest sequence of a call. Such a kernel is called once
+    per run, so that less memory is used. A run with padding has at most :data:`PADDING` times as
+    many queries as the same run without padding. This is also true for the keys.
     """
     groups: list[list[Segment]] = []
     for segment in segments:

@@ -24,13 +24,12 @@ def choose_memory(
 ) -> Generator[Update, None, tuple[Recipe, dict[str, Any]]]:
     """Yield updates; finally return (recipe with planned settings, new content of plan.json).
 
-    The content is {} if no new plan is made. Nothing is planned in two cases: there is no GPU and
-    ``memory.budget`` is not set, or the model cannot be measured. The recipe is then returned
-    unchanged.
+    The content is {} if no new plan is made:
 
-    A resumed run keeps the settings in its plan.json if they still fit, because other settings
-    would change the last bits of its results. If ``changed`` contains a key of the section
-    ``memory``, a new plan is made.
+    - There is neither a GPU nor a ``memory.budget`` -> the recipe is returned unchanged.
+    - The model cannot be measured -> the recipe is returned unchanged.
+    - The run has a plan that still fits, and no key of the section ``memory`` has changed -> the
+      settings of this plan are used. Other settings would change the last bits of the results.
 
     Args:
         recipe: the recipe of the run.

@@ -72,9 +72,9 @@ class LayerExtrapolation:
             models: the cache of models from earlier measurements of the recipe; None for a new one.
             on_device: the extrapolation for the same settings without offload; None if these
                 settings have no offload.
-            alike: an extrapolation for other settings. ``alike`` measures an un-checkpointed layer,
-                and this extrapolation uses the result. So the layer must need the same bytes and
-                the same operators with both settings. None: this extrapolation measures the layer.
+            alike: an extrapolation for other settings, with which an un-checkpointed layer needs
+                the same bytes and operators. Its measurement of this layer is used. None: this
+                extrapolation measures the layer.
             untiled: the extrapolation for the same settings without MLP tiles and with the recipe's
                 ``head_chunk``; None if these settings have no MLP tiles.
         """
@@ -170,10 +170,10 @@ class LayerExtrapolation:
         return seconds(self.work(layers, kept), sent, gpu) / self._two.tokens
 
     def least_peak(self, untiled: "LayerExtrapolation", kept: int) -> int:
-        """Return a lower bound of :meth:`peak`. The bound needs fewer measured steps than the peak.
+        """Return a lower bound of :meth:`peak`. Fewer steps are measured than for the peak.
 
-        ``untiled`` is the extrapolation without MLP tiles. ``kept`` is a number of un-checkpointed
-        layers. The bound counts one layer less than ``kept``: the first layer may keep nothing.
+        The bound counts the bytes of ``kept - 1`` un-checkpointed layers, because the first layer
+        of a model needs fewer bytes. ``untiled`` has the same settings without MLP tiles.
         """
         on_device, plain = self._on_device or self, untiled._on_device or untiled
         return max(0, on_device._kept.peak - plain.checkpoint + (kept - 3) * self.layer)
@@ -181,10 +181,11 @@ class LayerExtrapolation:
     def least_seconds_per_token(
         self, untiled: "LayerExtrapolation", layers: int, kept: int, gpu: Gpu
     ) -> float:
-        """Return a lower bound of :meth:`seconds_per_token` that needs fewer measured steps.
+        """Return a lower bound of :meth:`seconds_per_token`. The bound needs fewer measured steps.
 
-        ``untiled`` has the same settings without MLP tiles. The bound takes the time of
-        checkpointed layers from it. Tiles only add work, so these layers are never faster.
+        ``untiled`` is the extrapolation without MLP tiles. The bound uses the time that a
+        checkpointed layer takes without tiles. With tiles the layer is never faster, because tiles
+        only add work.
         """
         plain = untiled._on_device or untiled
         without = untiled.seconds_per_token(layers, 0, gpu)

@@ -68,16 +68,20 @@ class StepMemory:
 def heaviest_pairs(
     recipe: Recipe, triples: Triples, batching: Batching, *, in_one_row: bool
 ) -> list[TokenizedPair]:
-    """Return pairs that need at least as much memory as any micro-batch of the given pairs.
+    """Return artificial pairs that need at least as much memory as any micro-batch of the recipe.
 
-    If all pairs of a micro-batch are in one row, memory grows with three numbers: the numbers of
-    tokens, segments and prefix tokens. FlashAttention needs space for 128 additional tokens per
-    segment. Attention repeats the keys and values of prefix tokens. In the returned pairs, each of
-    the three numbers is at its maximum over all possible micro-batches.
+    One row per micro-batch: memory grows with the numbers of tokens, segments and prefix tokens.
+    (FlashAttention needs space for 128 additional tokens per segment. Attention repeats the keys
+    and values of prefix tokens.) The artificial pairs have the maximum of all three numbers.
 
-    If the pairs are in several rows, the longest pairs are divided into micro-batches. The largest
-    micro-batch is returned. If this micro-batch has fewer tokens than are allowed, one more pair
-    with the missing tokens is added.
+    Several rows per micro-batch: the longest pairs are divided into micro-batches. The artificial
+    pairs are as long as the pairs of the largest one. If there is room, a further pair fills it.
+
+    Args:
+        recipe: the recipe of the run.
+        triples: the token counts of the run's pairs.
+        batching: the limits of a micro-batch.
+        in_one_row: whether the model takes all pairs of a micro-batch in one row.
     """
     most = recipe.training.global_batch_size
     if not (batching.packed and in_one_row):

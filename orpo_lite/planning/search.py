@@ -354,9 +354,9 @@ class Planner:
         return MemoryPlan(settings, budget, gpu, found, self.recipe.training.full_determinism)
 
     def plan(self, budget: int | None, gpu: Gpu | None) -> MemoryPlan:
-        """Return the fastest plan that fits the budget. The plan is measured with all layers.
+        """Return the fastest plan within ``budget`` bytes. Its step is measured, not extrapolated.
 
-        If nothing fits, return the plan that needs the least memory.
+        If no plan fits, return the plan that needs the least memory.
         """
         least_kept = min(self._amounts())
         smallest = self.smallest_settings() | {"activation_checkpointing": self.layers - least_kept}

@@ -91,9 +91,10 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
 
 
 def find_target(repository: str, is_private: bool) -> Attempt[Target]:
-    """Ask the hub whether the account may create a repository or write to it. Change nothing.
+    """Return the repository if the account may create it or write to it. Change nothing.
 
-    HF_ENDPOINT, offline mode and token are checked by :func:`check_target`, not by this function.
+    :func:`check_target` checks HF_ENDPOINT, offline mode and the token, and then calls this
+    function.
     """
     where = f"hub, {repository}"
     account = yield from retry(where, "reading the account", _whoami)

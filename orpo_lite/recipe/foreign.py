@@ -168,8 +168,12 @@ def answer_unknown(written: dict[str, Written]) -> Iterator[RecipeError]:
 
     If the key is from another tool (such as TRL), the error names this package's key for the same
     purpose, or explains why this package has no such key. For any other key, the error names the
-    key with its section (``r`` -> ``lora.r``), else a similar key, else a similar section, else all
-    sections.
+    first of these that exists:
+
+    - the key with its section: ``r`` -> ``lora.r``
+    - a similar key
+    - a similar section
+    - the list of all sections
     """
     known = {f"{section}.{key}" for section, keys in KEYS.items() for key in keys}
     batch = [f"{section}{key}" for section in ("", "training.") for key in BATCH_KEYS]

@@ -191,8 +191,8 @@ def restore_session(
     """Load the newest valid checkpoint. Yield notes; return the state.
 
     If the run has no checkpoint, the state is new. If a step ran out of memory, the run reduced
-    some ``memory`` settings, and the checkpoint stores their values. They are used again, but not
-    if a person set such a setting when resuming.
+    some ``memory`` settings. The checkpoint stores the reduced values. The reduced values are used
+    again, except for the settings in ``changed``.
 
     ``changed``: ``section.key`` -> value of each setting that the person set when resuming.
 

@@ -64,9 +64,11 @@ def source_columns(
 
 
 def present_columns(data: DataSection, rows: Sequence[Row]) -> dict[str, str]:
-    """Return the entries of data.column_map that fit these rows: standard name -> column.
+    """Return the columns of data.column_map that the rows have: {standard name: column}.
 
-    An entry fits if at least one of its columns is in the rows. The first such column is returned.
+    If an entry names several columns, the first one that the rows have is returned. If the rows
+    have none of them, the entry is left out. Example: the entry is prompt: [question, query], and
+    the rows have only the column query -> {"prompt": "query"}.
     """
     columns = {key for row in rows for key in row}
     firsts = {ours: _first_present(names, columns) for ours, names in data.columns.items()}

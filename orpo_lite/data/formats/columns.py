@@ -184,8 +184,8 @@ class ColumnProfile:
     def holds_labels(self, column: str) -> bool:
         """Return whether the column holds labels, such as verdicts or topics, and no replies.
 
-        Each label is one word. All labels are column names, model_a, model_b or tie. Or the column
-        has at least MIN_ROWS labels, and each distinct label occurs at least twice on average.
+        Each label is one word. Either each label is model_a, model_b, tie or a column's name. Or
+        the column has at least MIN_ROWS labels, and each occurs at least twice on average.
         """
         if self.type_of(column) not in TEXTS:
             return False
@@ -360,7 +360,7 @@ class ColumnProfile:
     def setting(self, **columns: str) -> Overrides:
         """Return a data.column_map setting: ``setting(prompt="question")`` -> prompt=question.
 
-        Current entries of data.column_map are kept if they do not conflict with ``columns``.
+        ``columns``: the new entries. An old entry is kept unless a new entry conflicts with it.
         """
         theirs = {ours: self.mapped.get(column, column) for ours, column in columns.items()}
         replaced = set(theirs)
@@ -394,7 +394,7 @@ class ColumnProfile:
         """Return a copy of the row with the standard names as keys. JSON texts become lists.
 
         An optional name, such as system, is left out if no column was assigned to this name. Raises
-        RowError for a value of a wrong type that would be misread, and for an unclear verdict.
+        RowError if a value cannot be read as its column's type, or a verdict has no known meaning.
         """
         row = {
             **self._normalized(row),
@@ -475,9 +475,9 @@ def _verdict_error(row: Row, where: str, column: str) -> DataError:
 def refuse_templated(
     profile: ColumnProfile, names: Sequence[str], raw: Sequence[str] = ()
 ) -> NoReturn:
-    """Raise DataError for columns whose texts already have a chat template applied.
+    """Raise DataError, because the columns ``names`` already have a chat template applied.
 
-    ``raw``: columns that hold the prompt without template markers.
+    ``raw``: columns without template markers. The fix may suggest them as the prompt.
     """
     columns = [profile.column_named(profile.assigned.get(name, name)) for name in names]
     values = [value for column in columns for (value,) in profile.values(column)]

@@ -84,16 +84,16 @@ def detect_format(
     plain: bool = False,
     others: Mapping[str, Sequence[str]] = {},
 ) -> Detected:
-    """Return the format of the first rows, detected from the content of their columns.
+    """Return the format of the first rows: ``name``, or the detected format if ``name`` is auto.
 
     This function does not report a row that differs from the other rows. The reader reports it.
 
     Args:
         rows: the first rows, after data.column_map was applied.
         name: data.format: a key of READERS, or auto. The columns are detected in both cases.
-        mapped: data.column_map for these rows: standard name -> the only column that may have it.
+        mapped: data.column_map for these rows: standard name -> the column that is read for it.
         plain: True if data.chat_template is none. Otherwise, texts must not have template markers.
-        others: data.column_map for other datasets. A fix that sets data.column_map keeps it.
+        others: data.column_map for other datasets. A new data.column_map in a fix includes it.
 
     Raises DataError if no format fits, if the rows can be read in two ways, or if a chat template
     was already applied to the texts. The error names the setting to use.

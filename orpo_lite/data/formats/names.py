@@ -64,9 +64,10 @@ NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, res
 
 
 def names_better(column: str) -> bool:
-    """Return whether a column's name means that its cells say which answer of a row is better.
+    """Return whether a column seems to name the better answer of each row.
 
-    ``winner`` -> True, ``loser`` -> False, ``best_0`` -> False (this column is about one answer).
+    Only the column's name is examined. ``winner`` -> True. ``loser`` -> False: the column names the
+    worse answer. ``best_0`` -> False: the column is about one answer.
     """
     found = set(words(column))
     denied = found & (SIDE_WORDS["rejected"] | DOUBT_WORDS | SCORE_WORDS)

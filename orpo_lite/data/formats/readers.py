@@ -179,10 +179,10 @@ READERS: dict[str, Reader] = {
 
 
 def pair_without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
-    """Return an empty pair if a reply in the row is null. Otherwise return None.
+    """Return None if no reply in the row is null. Otherwise return a pair that will be dropped.
 
-    The pair's ``drop`` is the reason to drop the row. ``fields``: the columns of chosen and
-    rejected, or one column that holds both replies. An empty csv cell is null.
+    Its ``drop`` is the reason. ``fields``: the columns chosen and rejected, or one column that
+    holds both replies. An empty cell of a csv file is null.
     """
     for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=False):
         if field in row and row[field] is None:

@@ -285,9 +285,9 @@ def is_templated(value: Any) -> bool:
 def begins_templated(value: Any) -> bool:
     """Return whether a text in a value looks like the output of a chat template.
 
-    Such a text begins with a template's marker, has a template's turns, or ends with the marker
-    that comes before a reply. A marker that comes after a reply (<|im_end|>) is not enough here,
-    but it is enough in :func:`is_templated`.
+    Such a text has a template's marker at its start, the markers of several turns, or the marker
+    of a reply at its end: "Hi<|assistant|>" -> True. A marker that ends a reply is not enough:
+    "Yes.<|im_end|>" -> False. For this text, :func:`is_templated` returns True.
     """
     return any(_begins_templated(text) and not is_dialogue(text) for text in texts_in(value))
 
