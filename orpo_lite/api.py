@@ -218,13 +218,13 @@ class _ResumedRun:
             name = key.removeprefix("versions.")
             yield Update(
                 "note",
-                f"the version of {name} is now {new}, and was {old} before: "
-                "results may differ slightly, in the last bits",
+                f"the version of {name} changed from {old} to {new}: "
+                "results may differ in the last bits",
             )
         dtype = before.get("dtype", self.lock["dtype"])
         if dtype != self.lock["dtype"]:
             now = f"the base is now loaded in {self.lock['dtype']}, and was in {dtype} before"
-            yield Update("note", f"{now}: from now on its 4-bit weights are different")
+            yield Update("note", f"{now}; if the base is in 4 bit, its weights are now different")
 
 
 def _train(

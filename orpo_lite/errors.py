@@ -24,10 +24,9 @@ TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[A-Za-z0-9._-]{16,})")
 
 
 class Command(str):
-    """A fix that is a shell command.
+    """The text of a fix that is a shell command.
 
-    The string is for people to read: the command, or a text with the command and advice. ``line``
-    is the command alone.
+    The text is for people. It may contain advice too. ``line`` is only the command.
     """
 
     __slots__ = ("line",)
@@ -65,9 +64,10 @@ class Overrides(str):
 
 
 def reworded(fix: str, text: str) -> str:
-    """Return ``fix`` with a new text. The command or the values of ``fix`` are kept.
+    """Return a copy of ``fix`` that shows ``text``.
 
-    String methods such as ``replace`` return a plain string, without a command and without values.
+    The copy of a :class:`Command` keeps ``line``. The copy of an :class:`Overrides` keeps
+    ``values``. For a plain string, the result is ``text``.
     """
     if isinstance(fix, Overrides):
         return Overrides(fix.values, text=text)
@@ -77,8 +77,8 @@ def reworded(fix: str, text: str) -> str:
 def one_of(fixes: Iterable[str]) -> str:
     """Return one fix that suggests all fixes: A, B -> "A or B".
 
-    If some of the fixes are :class:`Overrides`, the result is an :class:`Overrides` with the values
-    of the first one.
+    If some of the fixes are :class:`Overrides`, the result is an :class:`Overrides` too. Its values
+    are those of the first :class:`Overrides` in ``fixes``.
     """
     options = [*fixes]
     first = next((fix for fix in options if isinstance(fix, Overrides)), "")

@@ -60,10 +60,10 @@ def staged(
 
 
 def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[Update]:
-    """Call a function whose failure must not stop the command.
+    """Call ``function(*args)``. If it fails, yield a note, and let the command go on.
 
-    If the function raises an error, log the traceback and yield a note. The note begins with the
-    text ``failed``, for example "result.json is not written".
+    The traceback is logged. ``failed`` is the beginning of the note. For example, with
+    ``failed="result.json is not written"`` the note is "result.json is not written: disk full".
     """
     try:
         function(*args)

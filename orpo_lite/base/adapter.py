@@ -210,7 +210,7 @@ def adopt_adapter(recipe: Recipe) -> Recipe:
                 where=recipe.sources[key],
                 found=f"{key}: {to_text(wanted)} differs from the adapter in "
                 "model.adapter_name_or_path",
-                expected=f"{to_text(values[key])}, which is the adapter's value, or no value",
+                expected=f"{to_text(values[key])} (the adapter's value), or no value",
                 fix=Overrides(own, ", or leave the key out"),
             )
             for key, wanted in differing.items()

@@ -81,7 +81,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def read_header(file: Path) -> list[Stored]:
-    """Read the header of a safetensors file. Return a :class:`Stored` per tensor, by offset.
+    """Return a :class:`Stored` for each tensor of a safetensors file, sorted by offset.
+
+    Only the header of the file is read.
 
     The format is described in https://github.com/huggingface/safetensors, section "Format".
 
@@ -130,7 +132,7 @@ def in_blocks(stored: Stored, multiple: int | None = None) -> Iterator[Rows]:
 
 
 def read_rows(rows: Rows) -> Tensor:
-    """Read rows into a new tensor. Raise :class:`ModelError` if the file ends before the rows."""
+    """Read rows into a new tensor. Raise :class:`ModelError` if the file lacks some rows."""
     stored = rows.stored
     count = (rows.stop - rows.start) * stored.row_bytes
     data = torch.empty(count, dtype=torch.uint8)

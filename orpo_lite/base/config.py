@@ -93,11 +93,11 @@ def read_sizes(folder: Path) -> dict[str, Any]:
 
 
 def refuse_adapter(path: Path, name: str) -> None:
-    """Raise :class:`ModelError` if a folder holds an adapter instead of a base.
+    """Raise :class:`ModelError` if the folder ``path`` holds an adapter instead of a base.
 
-    The fix of the error sets two recipe keys. The key of the adapter is set to ``name``, and the
-    key of the base is set to the base that the adapter's configuration names. If the configuration
-    names no base, there is no fix.
+    ``name`` is the hub name or the path of the adapter. The fix of the error moves ``name`` from
+    the recipe's key for the base to its key for the adapter. The base is then the one that
+    adapter_config.json names. If this file names no base, there is no fix.
     """
     file = path / "adapter_config.json"
     if not file.is_file():

@@ -116,7 +116,8 @@ def is_wrapper(config: Any) -> bool:
     """Return True if the base's files hold more than the part of the model that is trained.
 
     Example: the files hold an image encoder and a language model. Only the language model is
-    trained. Its layers have longer names in the files than in the trained part.
+    trained. In the files, the layers of the language model have longer names than in the trained
+    part.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -125,10 +126,11 @@ def is_wrapper(config: Any) -> bool:
 
 
 def changes_frequencies(config: Any, max_length: int) -> bool:
-    """Return True if rotary frequencies differ between sequences of up to ``max_length`` tokens.
+    """Return True if two sequences of up to ``max_length`` tokens can have different frequencies.
 
-    The rope types dynamic and longrope use other frequencies for a sequence that is longer than the
-    model's original maximum.
+    The rope types dynamic and longrope have other rotary frequencies for a sequence that is longer
+    than the model's original maximum. The result is True if the model has one of these types and
+    ``max_length`` is above the original maximum.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     # Some models have one set of parameters per layer type.
@@ -145,8 +147,8 @@ def changes_frequencies(config: Any, max_length: int) -> bool:
 def find_config(name: str, revision: str) -> Any:
     """Return the transformers configuration of a base in a folder or on the hub.
 
-    The configurations of the shipped recipes' bases are in this package's bases.json. For revision
-    "main" of such a base, no request to the hub is needed.
+    bases.json in this package holds the configurations of the bases that the shipped recipes use.
+    For revision "main" of such a base, no request to the hub is needed.
 
     Raises the same errors as :func:`find_base`.
     """
@@ -265,11 +267,14 @@ def check_embedding(recipe: Recipe, config: Any) -> None:
 def load_tokenizer(path: Path) -> Any:
     """Return the tokenizer of a base or adapter folder, exactly as tokenizer.json defines it.
 
-    Some tokenizer classes of transformers read only the vocabulary from tokenizer.json and build
-    the rest of the tokenizer themselves. In three cases, PreTrainedTokenizerFast replaces the
-    class, because it reads the whole file: the tokenizer of the class differs from the file, the
-    class is a slow tokenizer, or the class raises an error other than OSError and ValueError. The
-    attribute ``replaced`` of the result holds the reason, or "" if the class was not replaced.
+    PreTrainedTokenizerFast reads tokenizer.json unchanged. It replaces the tokenizer's own class in
+    three cases:
+
+    - The own class changes a part of tokenizer.json.
+    - The own class is a slow tokenizer.
+    - The own class raises an error, but not an OSError or ValueError.
+
+    The attribute ``replaced`` of the result gives the reason. It is "" without a replacement.
 
     Raises:
         ModelError: the tokenizer cannot be loaded.

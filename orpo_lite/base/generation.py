@@ -1,4 +1,4 @@
-"""Read the generation config of a base, and extend eos_token_id by the end token of an answer."""
+"""Read the generation config of a base, and add the end token of an answer to eos_token_id."""
 
 import json
 from collections.abc import Mapping
@@ -13,13 +13,11 @@ SAMPLING = ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 
 
 def read_generation_config(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return (config, note): a base's generation config, and a note if its file is not used.
+    """Return (config, note): a base's generation config, and a note for the user or "".
 
-    The config has the values of generation_config.json, unchanged. Some values can be loaded with
-    transformers, but not saved. Such values are not corrected, because a corrected value would have
-    another meaning. If the file is missing or cannot be loaded, the config is made from
-    config.json, as transformers does. If the file cannot be loaded, the note gives the reason. Else
-    the note is "".
+    The config has the values of generation_config.json, unchanged, even if transformers would
+    refuse to save them. If the file is missing or cannot be loaded, the config is made from
+    config.json, as transformers does. The note gives the reason if the file cannot be loaded.
     """
     from transformers import GenerationConfig
 

@@ -21,7 +21,7 @@ def merge(
         Literal["original", "dequantized"],
         typer.Option(
             help="The weights to merge into. original: the base's 16-bit weights. dequantized: "
-            "the base's 4-bit weights of the training, converted back to 16 bit."
+            "the 4-bit weights that the training used, converted back to 16 bit."
         ),
     ] = "original",
     verify: Annotated[
@@ -119,14 +119,14 @@ def export(
     ] = None,
     base: Annotated[
         Literal["original", "dequantized"],
-        typer.Option(help="Export the model that `merge` made with this --base."),
+        typer.Option(help="Export the model that `merge` wrote with the same --base."),
     ] = "original",
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Also score pairs with llama.cpp, and print what share of the adapter's gain in "
-            "log odds the file keeps.",
+            help="Also score pairs with llama.cpp, and print how much (in %) of the adapter's gain "
+            "in log odds is left in the exported file.",
         ),
     ] = False,
 ) -> None:

@@ -37,8 +37,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="RUN... [data.KEY=VALUE]...",
-            help="Folders of runs, folders of merged models, or hub names. They are scored on the "
-            "pairs that the first run held out, or on the pairs of data.dataset_name=PAIRS.",
+            help="Folders of runs, folders of merged models, or hub names. The models are scored "
+            "on the held-out pairs of the first run; with data.dataset_name=PAIRS, on PAIRS.",
             autocompletion=complete_run_or_key,
         ),
     ],
@@ -155,7 +155,7 @@ def generate(
         Literal["alpaca_eval", "mt_bench", "ifeval", "jsonl"],
         typer.Option(
             "--for",
-            help="The grader whose format prompts and answers have. jsonl: no grader.",
+            help="Read prompts and write answers in the format of this grader. jsonl: no grader.",
         ),
     ] = "jsonl",
     to: Annotated[
@@ -170,14 +170,15 @@ def generate(
         int | None,
         typer.Option(
             metavar="N",
-            help="Largest number of tokens in an answer. Default: the limit of the grader.",
+            help="Largest number of tokens in an answer. Default: depends on --for (jsonl: 512).",
         ),
     ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(
             metavar="T",
-            help="The temperature of sampling; 0: no sampling. Default: the grader's temperature.",
+            help="The temperature of sampling; 0: no sampling. "
+            "Default: depends on --for (jsonl: 0).",
         ),
     ] = None,
     base_path: BasePath = None,

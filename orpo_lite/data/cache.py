@@ -194,7 +194,10 @@ class Writer:
                 self.largest = (int(ids.max()), pair.where)
 
     def close(self, facts: Mapping[str, Any]) -> None:
-        """Close the data files, and write entry.json with ``facts`` and all hashes."""
+        """Close the data files, and write entry.json.
+
+        entry.json holds ``facts``, the hash of each data file, and the hash of ``facts``.
+        """
         for stream in self._streams:
             stream.close()
         sums = {name: file_sha256(self.folder / name) for name in FILES} | {

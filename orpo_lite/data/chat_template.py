@@ -74,7 +74,7 @@ class Template:
 
     @cached_property
     def layouts(self) -> dict[tuple[str, ...], Layout | None]:
-        """The layouts found so far, by sequence of roles, such as (user, assistant, user)."""
+        """Roles in order, such as (user, assistant, user) -> the layout found for this order."""
         return {}
 
     @cached_property
@@ -150,9 +150,9 @@ Rendered = PairTexts | str | OrpoLiteError
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Template:
-    """Return the template of data.chat_template. Store the template in the tokenizer, for saving.
+    """Return the template that data.chat_template chooses, and store it in the tokenizer.
 
-    Raises RecipeError for unusable settings, ModelError if eos or a default template is missing.
+    Raises RecipeError for unusable settings, ModelError if a needed eos or template is missing.
     """
     text, description = _choose_template(tokenizer, data)
     if text is not None:
@@ -252,7 +252,7 @@ def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]
 
 
 def special_in(texts: Iterable[str], special: re.Pattern[str]) -> str:
-    """Return "" if no text has a ``special`` token, else the reason to leave out the pair."""
+    """Return the reason to leave out the pair if a text has a ``special`` token, else ""."""
     found = next(filter(None, map(special.search, texts)), None)
     return f"{SPECIAL}: {found.group()}" if found else ""
 

@@ -269,8 +269,7 @@ def _thoughts_off(pairs: Sequence[Pair], template: Template, data: DataSection) 
 def _templated(count: int, pairs: int) -> DataError:
     return DataError(
         where="data.chat_template",
-        found=f"{count:,} of {pairs:,} pairs hold markers of a chat template, but few of the first "
-        "rows do",
+        found=f"{count:,} of {pairs:,} pairs already hold markers of a chat template",
         expected="texts without markers, because the chat template adds its own markers",
         fix="remove the markers from all rows",
     )

@@ -79,10 +79,10 @@ class Drops:
 class PairReader:
     """Iterate over the pairs of one split. The attributes hold counts and facts about the pairs.
 
-    If a dataset has an unknown format, DataError is raised before the dataset's first pair. After
-    the last pair, DataError is raised if files had errors, a dataset has more bad rows than
-    data.max_bad_rows allows, or no pair is left. ``data.max_samples`` limits the rows read from
-    each dataset. Rows that are left out count too, except rows that cannot be parsed.
+    An unknown format raises DataError before the dataset's first pair. Errors in files, too many
+    bad rows (``data.max_bad_rows``), or no pair left raise DataError after the last pair.
+    At most ``data.max_samples`` rows of each dataset are read. A row that cannot be parsed does not
+    count towards this limit. A row whose pair is left out counts.
     """
 
     def __init__(self, data: DataSection, sources: Sequence[Source]) -> None:
@@ -130,7 +130,8 @@ class PairReader:
     def find(self, place: str) -> tuple[Pair, str | None]:
         """Return the pair at ``place``, and the reason to leave out this pair (None: no reason).
 
-        x/p.csv:3 finds p.csv:3. p.csv:3 finds x/p.csv:3. Raises DataError if none or several match.
+        ``place`` may have fewer folders (p.csv:3 -> x/p.csv:3) or more (x/p.csv:3 -> p.csv:3).
+        Raises DataError if no pair matches, or if ``place`` has too few folders to choose one.
         """
         faults: list[DataError] = []
         ends_of_place: list[Pair] = []
@@ -149,12 +150,11 @@ class PairReader:
             raise DataError(
                 where=place,
                 found=f"{len(ending_with_place)} rows in different folders match",
-                expected="a place with enough folders in front to match only one row",
+                expected="a place that matches only one row: add folders in front, as in x/p.csv:3",
                 fix=" or ".join(pair.where for pair in ending_with_place[:MAX_PLACES]),
             )
         if similar := ends_of_place or ending_with_place:
-            # sub/p.jsonl:3 rather than p.jsonl:3
-            pair = max(similar, key=lambda pair: len(pair.where))
+            pair = max(similar, key=lambda pair: len(pair.where))  # prefers x/p.csv:3 to p.csv:3
             return pair, _reason_to_drop(pair)
         errors = [*self.bad_rows, *faults]
         raise_all([error for error in errors if error.where.partition(", field ")[0] == place])

@@ -130,10 +130,11 @@ def hold_out(
     the result does not depend on the order of the rows.
 
     Args:
-        pairs: the pairs, already filtered. A later filter could remove all pairs of a split.
+        pairs: the pairs that are left after all filters, or their indices.
         prompts: for each pair, the key of its prompt (:func:`prompt_key`).
-        size: if below 1, the share of prompts to hold out. Otherwise the number of pairs to hold
-            out. All pairs of a prompt stay together, so a few more pairs may be held out.
+        size: below 1, the share of prompts to hold out: 0.1 -> 10% of the prompts. From 1 on, the
+            number of pairs to hold out: 100 -> 100 pairs, or a few more, because all pairs of a
+            prompt stay together.
         seed: the seed of the hash.
 
     Raises DataError if no training pairs are left.

@@ -39,14 +39,18 @@ SHUFFLES = 20
 def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     """Return the content of data.json. Shares are from 0 to 1, and lengths are in tokens.
 
+    These keys need an explanation:
+
     - format: for each dataset, a sentence with the format, and the reason for this format
-    - columns: for each dataset, this sentence, the columns that are read, and the other columns
+    - columns: for each dataset, the same sentence, the columns that are read, and the columns that
+      are not read
     - rows_of_sets: for each training dataset, the number of rows read
     - dropped: reason -> the number of pairs left out, and the places of the first of these pairs
-    - hints: a key of WARNINGS or a reason in ``dropped`` -> its fix
-    - tokens: quantiles of lengths. A response is measured with its end token, before
-      data.max_length cuts it
-    - cut: the number and the share of pairs and responses that data.max_length cuts
+    - hints: fixes for problems in the data. The keys are keys of WARNINGS and reasons in
+      ``dropped``
+    - tokens: quantiles of the lengths of prompts and responses. Responses are counted with their
+      end token, and before data.max_length cuts them
+    - cut: the number and the share of pairs, and of responses, that data.max_length cuts
     - chosen_longer: the share of pairs whose chosen response is longer than the rejected response
     - rejected_longer: the share of pairs whose rejected response is longer than the chosen response
     - prompts: the number of different prompts in the training split, in the held-out split, and

@@ -73,21 +73,20 @@ def tokenize_pairs(
     """Yield each pair in order, with its tokens or with the reason to leave the pair out.
 
     Prompt and response are tokenized together as one text, as in generation. A token with
-    characters of both prompt and response belongs to the response. There is one exception: a token
-    with ``rstrip`` also contains the white space that follows the token. If the token contains
-    nothing else of the response, the token belongs to the prompt.
+    characters of both prompt and response belongs to the response, with one exception. A token
+    with ``rstrip`` absorbs the white space that follows it. If the prompt ends with such a token,
+    and the token absorbs white space of the response, the token belongs to the prompt.
 
     Three batches are processed at the same time: this function assembles one batch, the next batch
     is tokenized (on all cores), and the batch after that is rendered.
 
-    A pair is left out if the template raises an error for the pair. If the template exceeds its
-    limits for a row, or if a row has a conversation without a template, the row is a fault. After
-    the last pair, one error shows the number of faults and the first twenty faults.
+    If the template raises an error for a pair, the pair is left out.
 
     Raises:
         ModelError: the tokenizer is slow (it reports no offsets), the template fails on a plain
-            question, or the template exceeds its limits.
-        DataError: a row has a conversation, but data.chat_template is none.
+            question, no token ends a reply, or the template exceeds its limits for a pair.
+        DataError: rows have a conversation, but data.chat_template is none. The error is raised
+            after the last pair. It shows the number of such rows, and the first twenty.
     """
     if not tokenizer.is_fast:
         raise ModelError(

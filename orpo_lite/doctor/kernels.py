@@ -23,8 +23,8 @@ def used_device() -> "torch.device":
 def check_four_bit() -> Iterator[Check]:
     """Multiply by a 4-bit matrix with bitsandbytes and with torch, and compare the two products.
 
-    For torch's product, torch also unpacks the 4-bit numbers. So a wrong kernel of bitsandbytes
-    changes only the product of bitsandbytes, and the two products differ.
+    For torch's product, the 4-bit numbers are unpacked by torch, not by bitsandbytes. So a wrong
+    kernel of bitsandbytes changes only the product of bitsandbytes, and the two products differ.
     """
     import bitsandbytes as bnb
     import torch

@@ -142,7 +142,7 @@ class Task:
 
     @property
     def is_finished(self) -> bool:
-        """True if the answer file is unchanged since a command with an equal ``key`` wrote it."""
+        """True if the answer file was written with an equal ``key`` and did not change later."""
         head = _read_progress(self.progress)[0]
         return head.get("key") == self.key and _is_result(self.to, head)
 
@@ -180,8 +180,8 @@ def prepare_answers(
 
     Args:
         name: the model, as for :func:`orpo_lite.evaluation.open_run.find_model`.
-        prompts: the file of prompts. Its rows have the form that the grader publishes. For
-            ``grader="jsonl"`` each row has a ``prompt``.
+        prompts: the file of prompts, in the format of the grader's own prompts. For
+            ``grader="jsonl"``, each row has a ``prompt``.
         grader: a key of :data:`FORMATS`.
         to: the file to write. None: a file in ``RUN/answers``.
         adapter: False: the base of the run answers, without the adapter.
@@ -192,9 +192,9 @@ def prepare_answers(
         base_path: where the base of the run is now, if its folder was moved.
 
     Raises:
-        RecipeError: the format is unknown; a value is out of range; ``to`` is missing for a model
-            that is not a run; or another command wrote or began the file ``to``.
-        DataError: the prompts cannot be read, or a row has another form.
+        RecipeError: ``grader`` is unknown; a value is out of range; ``to`` is None and the model is
+            not a run; or the file ``to`` is not from a call with the same arguments.
+        DataError: the prompts cannot be read, or a row does not have the grader's format.
         OrpoLiteError: the model cannot be found; see
             :func:`orpo_lite.evaluation.open_run.find_model`.
     """

@@ -89,7 +89,10 @@ class Chart:
         return f"{value:.3g}".replace("-", "\u2212") if value < 0 else f"{value:.3g}"
 
     def summary(self) -> list[str]:
-        """Return a sentence for each line (first, last and extreme values) and for ``level``."""
+        """Return a sentence for each line: its first, last and extreme values.
+
+        If ``level`` is set, the last sentence gives its label and value.
+        """
         sentences = []
         for line in self.lines:
             values, width = line.smooth
@@ -114,9 +117,9 @@ class Chart:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the header and the rows of a table with some of the drawn values.
 
-        Each row is a step. If there are 1 to ``2 * TABLE_ROWS`` held-out evaluations, the table has
-        the step of each evaluation, the first step and the last step. If there are none or more,
-        the table has at most ``TABLE_ROWS`` evenly spaced steps.
+        Each row is a step. The rows are the first step, the last step, and the steps with a
+        held-out evaluation. If there are no evaluations, or more than ``2 * TABLE_ROWS``, the rows
+        are at most ``TABLE_ROWS`` evenly spaced steps.
         """
         steps = sorted({step for line in self.lines for step in line.steps})
         picked = np.unique(np.linspace(0, len(steps) - 1, min(TABLE_ROWS, len(steps))).astype(int))

@@ -36,7 +36,8 @@ class Chat(AbstractContextManager["Chat"]):
         opened: the model.
         compare: let the base answer too.
         system: the system text; "" for none.
-        decoding: how the tokens of an answer are chosen. Equal turns always get equal answers.
+        decoding: how the tokens of an answer are chosen. The same turn after the same history gets
+            the same answer.
 
     Raises:
         RecipeError: ``compare`` is set, but the model has no adapter.

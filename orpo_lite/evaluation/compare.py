@@ -4,12 +4,13 @@ Reward accuracy decides whether a model is better, because it is the only metric
 counts the same. Margin and log odds also rise if a model becomes surer of pairs that it already
 ranked correctly. The NLL ignores the rejected replies.
 
-ORPO trains the log odds, but the log odds do not decide. A difference is clear if its interval
-excludes 0. If the differences in log odds and in accuracy are both clear and have opposite signs,
-the outcome is "cannot tell". If only the difference in log odds is clear, the text says so.
+A difference is clear if its 95% interval excludes 0. A clear difference in accuracy gives the
+outcome "better" or "worse". Otherwise the outcome is "cannot tell". It is also "cannot tell" in two
+other cases: there are fewer prompts than FEWEST_PROMPTS, or the difference in log odds is clear too
+and has the opposite sign. If only the difference in log odds is clear, the text says so.
 
-Only reward accuracy can decide. So if two models are equal, the outcome is "better" or "worse" in
-at most 5% of the cases: the error rate of a 95% interval.
+Log odds alone never give "better" or "worse", although ORPO trains them. If two metrics could
+decide, two equal models would get "better" or "worse" in more than 5% of the cases.
 """
 
 import math
@@ -206,10 +207,11 @@ def compare(
 
 
 def name_pairs(data: DataSection, *, is_test: bool) -> str:
-    """Return a name of the scored pairs: ``pairs.jsonl``, or ``owner/name, split test``.
+    """Return a name of the scored pairs. ``is_test``: True if the pairs are held out.
 
-    ``is_test``: True if the pairs are held out. If the recipe has a test split, the name of
-    held-out pairs includes this split. If this split is a path, the result is only the path.
+    - A file or folder of held-out pairs: its path, ``test.jsonl``.
+    - A held-out split of the dataset: ``owner/name, split test``.
+    - All other pairs: the dataset, ``owner/name`` or ``pairs.jsonl``.
     """
     names, split = ", ".join(data.names), data.dataset_test_split
     if split is None or not is_test:

@@ -200,7 +200,7 @@ def _find_pairs(
     if not common:
         raise CheckpointError(
             where=", ".join(found),
-            found="no pair fits into data.max_length for all models",
+            found="each pair is too long for the data.max_length of at least one model",
             expected="at least one pair that all models can score",
             fix="choose other pairs with data.dataset_name, or a larger data.max_length",
         )

@@ -16,9 +16,10 @@ ENOUGH = 0.9  # a smaller share of the gain is worth a warning
 class Kept:
     """The share of the trained adapter's gain that a model keeps.
 
-    The gain is a model's mean log odds ratio of chosen to rejected replies (Eq. 5 of the ORPO
-    paper), minus the mean log odds ratio of the base. The trained adapter's gain is measured on the
-    base of the training.
+    A model's gain is its mean log odds ratio of chosen to rejected replies (Eq. 5 of the ORPO
+    paper), minus the mean log odds ratio of its base. The base of a merged model or an exported
+    file is the base that the adapter was merged into. The base of the trained adapter is the base
+    of the training, such as the 4-bit base.
     """
 
     model: str

@@ -313,8 +313,11 @@ def not_learning(curves: Curves) -> Finding | None:
 def too_easy_data(curves: Curves) -> Finding | None:
     """Return a finding if most pairs can be ranked correctly without a training.
 
-    The base ranks most pairs correctly before the training. Or a rule that only looks at length
-    ranks most pairs correctly, and at least as many pairs as the trained model.
+    One of two signs is enough:
+
+    - The base already ranks most pairs correctly before the training.
+    - A rule that only looks at the length of replies ranks most pairs correctly, and is right on
+      at least as many pairs as the trained model.
     """
     reasons = []
     first, pairs, where = _accuracy_before(curves)

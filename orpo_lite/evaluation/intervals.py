@@ -60,13 +60,14 @@ class Mean:
     def interval(self) -> Interval:
         """Return the value with its 95% interval.
 
-        The interval is the smallest one that contains two others: the percentile interval of the
-        bootstrap, and the t-interval of the jackknife. The percentile interval follows a skewed
-        distribution, but is too narrow for a share on few prompts. In simulations with 10
-        prompts, the percentile interval contained the true value in 87% of the cases, and the
-        t-interval in 96%. A BCa interval contained the true value in fewer cases than
-        the percentile interval. With 100 prompts, the percentile interval and the t-interval are
-        nearly the same.
+        Two intervals are computed: the percentile interval of the bootstrap, and the t-interval of
+        the jackknife. The result goes from the lower of the two low ends to the higher of the two
+        high ends.
+
+        The percentile interval follows a skewed distribution, but is too narrow for a share with
+        few prompts. In simulations with 10 prompts, the percentile interval contained the true
+        value in 87% of the cases, and the t-interval in 96%. With 100 prompts, the two intervals
+        are nearly the same.
         """
         prompts = len(self.without_M)
         if prompts == 0 or not math.isfinite(self.value):
@@ -138,13 +139,14 @@ def share_interval(mean: Mean) -> Interval:
 
 
 def share_difference(mean: Mean) -> Interval:
-    """Return a difference of two shares with its 95% interval. Its ends lie between -1 and 1.
+    """Return a difference of two shares with its 95% interval, which lies between -1 and 1.
 
-    If every prompt has the same difference d, every resample of the bootstrap has the difference d
-    too, so the bootstrap interval has no width. Then the interval is computed for the worst case: a
-    share p of all prompts may have another difference than d. The exact binomial interval gives the
-    largest p: 0.31 for 10 prompts. For the lower end, the other difference is -1, so the end is
-    (1 - p) * d - p. For the upper end, the other difference is 1, so the end is (1 - p) * d + p.
+    If every prompt has the same difference d, the bootstrap interval has no width. Then another
+    interval is returned, from (1 - p) * d - p to (1 - p) * d + p.
+
+    p is the largest share of prompts that may have another difference: 0.31 for 10 prompts. It is
+    the upper end of the exact binomial interval. At the lower end, these prompts have the
+    difference -1. At the upper end, these prompts have the difference 1.
     """
     found, prompts = mean.interval(), len(mean.without_M)
     if found.value is None or found.low is None or found.high is None:

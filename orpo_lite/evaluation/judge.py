@@ -39,7 +39,8 @@ def judge_training(recipe: Recipe, pairs: TokenizedPairs, path: Path, kept: int)
         if len(scores.chosen_P) != len(pairs):
             raise CheckpointError(
                 where=str(path / SCORES),
-                found=f"has no scores for {len(pairs)} pairs at step {step}",
+                found=f"has scores for {len(scores.chosen_P)} of {len(pairs)} held-out pairs at "
+                f"step {step}",
                 expected="a score for each held-out pair of the run",
                 fix=f"orpo-lite eval {path} computes the scores",
             )

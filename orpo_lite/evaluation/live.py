@@ -41,8 +41,8 @@ class LivePage:
         """Return (version, page, body).
 
         ``version`` is a text that changes whenever a watched file changes. ``page`` is the whole
-        page. ``body`` is only the body of this page. If an older page is open in a browser, the
-        script of the older page replaces the old body by ``body``.
+        page, for a browser that opens it. ``body`` is only the body of the page, for a browser that
+        has the page open already: a script in the page shows the new body.
 
         Raises:
             OrpoLiteError: a run cannot be read; see :func:`orpo_lite.evaluation.report.report`.

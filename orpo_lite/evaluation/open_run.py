@@ -54,7 +54,7 @@ class FoundModel:
 
     @property
     def loading(self) -> Recipe:
-        """The recipe with the chosen dtype and the adapter's folder, to load the weights."""
+        """The recipe for loading the weights. It has the values of ``dtype`` and ``adapter``."""
         adapter = str(self.adapter.resolve()) if self.adapter else None
         return self.recipe.override(
             {"model.dtype": self.dtype, "model.adapter_name_or_path": adapter}

@@ -81,8 +81,8 @@ def report(
         to: the file to write. None: report.html in the run folder, or in the current folder if
             there are several runs.
         data_texts: True: show whole paths, and the held-out prompts with the model's answers.
-            False: shorten paths to their last part and leave these texts out. Use False for a copy
-            that other people will see.
+            False: shorten paths to their last part, and leave out these prompts and answers. Use
+            False for a copy that other people will see.
 
     Raises:
         CheckpointError: a folder is not a run, or the file cannot be written.

@@ -140,7 +140,10 @@ class RunRecord:
         ]
 
     def command_for(self, finding: Finding, path: Path) -> str:
-        """Return the command that a verdict advises for the run in ``path``; "" for no command."""
+        """Return the command that ``finding`` advises; "" if it advises none.
+
+        ``path`` is the run folder as the command should name it.
+        """
         if finding.advice == NOT_FINISHED:
             return resume_command(path).line
         return new_run_command(path, finding.values).line if finding.values else ""

@@ -226,10 +226,10 @@ def _compare(
 def read_gains(
     path: Path, weights: Weights, base_path: str | Path | None
 ) -> Generator[Update, None, tuple[Numbers, Numbers]]:
-    """Return the log odds ratio of the base, and the gain of the trained adapter, for each pair.
+    """Return two arrays of shape (P,): the base's log odds ratios and the trained adapter's gains.
 
-    The gain is what the adapter adds to the log odds ratio. Both arrays have shape (P,) and are
-    read from verify.json. If verify.json lacks the arrays, :func:`compare_merged` computes them.
+    The gain is what the adapter adds to the log odds ratio of a pair. The arrays are read from
+    verify.json. If verify.json lacks the arrays, :func:`compare_merged` computes them.
 
     Raises:
         OrpoLiteError: the merged model cannot be compared; see :func:`compare_merged`.

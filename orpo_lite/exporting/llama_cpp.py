@@ -80,8 +80,8 @@ def quantise(source: Path, file: Path, outtype: str) -> None:
 def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) -> None:
     """Raise :class:`ModelError` if llama.cpp and transformers tokenise a text differently.
 
-    ``lead``: the added space at the start of the exported chat template, or "". llama.cpp tokenises
-    ``lead + text``, and transformers tokenises ``text``.
+    ``lead``: the space that the export has added at the start of the chat template; "" if no space
+    was added. llama.cpp tokenises ``lead + text``, and transformers tokenises ``text``.
     """
     where = str(file)
     model = _open(file, vocab_only=True, n_ctx=8, n_batch=8)

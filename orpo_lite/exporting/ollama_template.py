@@ -63,11 +63,11 @@ class Turns:
         return text
 
     def with_heads(self, change: Callable[[str], str]) -> "Turns":
-        """Return a copy with new ``head`` and ``system_head``: each text -> ``change(text)``."""
+        """Return a copy in which ``change`` has been applied to ``head`` and ``system_head``."""
         return replace(self, head=change(self.head), system_head=change(self.system_head))
 
     def to_go(self) -> str:
-        """Return a Go template for Ollama, with this object's texts around ``.Messages``."""
+        """Return a Go template for Ollama. It writes this object's texts around each message."""
         at_start = self.system == "start"
         first = "eq $i 0" if at_start else "or (eq $i 0) (and (eq $i 1) $.System)"
         lines = [
@@ -214,7 +214,8 @@ def _refused(where: str, found: str) -> ModelError:
     return ModelError(
         where=where,
         found=f"cannot be converted for Ollama, because it {found}",
-        expected="a template that writes the same texts around each message",
+        expected="a template that writes each message once and in order, with texts between the "
+        "messages that do not depend on the number of questions",
         fix="orpo-lite export RUN --to gguf, which keeps the chat template unchanged",
     )
 

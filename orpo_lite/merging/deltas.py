@@ -105,11 +105,11 @@ class LoraDelta:
 
 @dataclass(frozen=True)
 class ConvertedDelta:
-    """The delta of a stored tensor. Loading splits, joins or transposes this tensor.
+    """The delta of a stored tensor that transformers splits, joins or transposes at loading.
 
-    transformers converts the stored tensor to parameters. The deltas of the parameters are
-    converted back to the form of the stored tensor. The result is exact, because a conversion only
-    moves numbers.
+    Example: the file stores one tensor per expert, and the model has one parameter for all experts.
+    The adapter's deltas have the form of the model's parameters. They are converted back to the
+    form of the stored tensor. The result is exact, because a conversion only moves numbers.
     """
 
     name: str
@@ -137,7 +137,10 @@ class ConvertedDelta:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedGroup:
-    """Parameters with the same origin, and a LoRA delta for each parameter with an adapter."""
+    """Parameters that are loaded from the same stored tensors, and the parameters' LoRA deltas.
+
+    A parameter without an adapter has no delta.
+    """
 
     origin: Origin
     deltas: Mapping[str, LoraDelta]

@@ -1,4 +1,4 @@
-"""Find, for each parameter, the stored tensors from which transformers loads the parameter."""
+"""Find the stored tensors from which transformers loads each parameter."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -62,11 +62,11 @@ class Origin:
 
 
 def find_origins(model: Any, names: Iterable[str]) -> dict[str, Origin]:
-    """Return name of a parameter -> the stored tensors that the parameter is loaded from.
+    """Return a dict: parameter name -> the stored tensors that the parameter is loaded from.
 
-    ``names`` are the names of all stored tensors. The functions with which transformers
-    loads a model map each name to a parameter. A stored tensor that belongs to no parameter is left
-    out, such as a tensor of a vision tower or of multi-token prediction.
+    ``names`` are the names of all stored tensors. transformers' own loading functions find the
+    parameter of each name. A stored tensor that belongs to no parameter is left out, such as a
+    tensor of a vision tower or of multi-token prediction.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]

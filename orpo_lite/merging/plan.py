@@ -74,8 +74,8 @@ def check_mergeable(recipe: Recipe, base: Base) -> None:
         if plan.bypassed:
             raise ModelError(
                 where=f"model {base.name}",
-                found=f"{plan.bypassed[0]} is adapted, but the model's code reads its matrix "
-                "directly, so the adapter has no effect",
+                found=f"{plan.bypassed[0]} is adapted, but the model's code reads the weight of "
+                "this layer directly, so the adapter has no effect",
                 expected="an adapter only on layers that the model's code calls",
             )
     except ModelError as error:
@@ -132,7 +132,8 @@ def make_plan(
         if unchanged.get(name) is None:
             raise ModelError(
                 where=f"model {base.name}",
-                found=f"{name} was quantised alone, but shares a stored tensor with others",
+                found=f"{name} was quantised separately, but the base's files store it in one "
+                "tensor with other weights",
                 expected="a merge onto the original weights (--base original)",
             )
     return Plan(
@@ -322,7 +323,7 @@ def _stored_deltas(
         raise ModelError(
             found=f"the base's files lack {len(lost)} of the adapted parameters "
             f"({', '.join(lost[:3])} ...)",
-            expected=f"all adapted parameters; the first tensor in the files is {min(stored)}",
+            expected=f"all adapted parameters; the files hold names such as {min(stored)}",
             fix="correct config.json so that it describes these files, or download the base again",
         )
     deltas: dict[str, Delta] = {}

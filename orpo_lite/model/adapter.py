@@ -56,9 +56,9 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
             )
             raise ModelError(
                 where="adapter",
-                found="it adapts a model's experts, for which peft supports neither DoRA nor "
-                "dropout",
-                expected="no DoRA and no dropout in an adapter of experts",
+                found="adapts the model's experts; peft supports neither DoRA nor dropout for "
+                "experts",
+                expected="no DoRA and no dropout if the adapter adapts experts",
                 fix=fix,
             ) from error
         raise ModelError(
@@ -112,7 +112,7 @@ def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
 
 
 def adapter_tensors(model: PairModel) -> dict[str, Tensor]:
-    """Return the adapter's tensors on the CPU, by the names that peft gives them."""
+    """Return a dict: peft's name of an adapter tensor -> the tensor on the CPU."""
     # By default peft would save an adapted embedding too, and would ask the hub about it.
     state: dict[str, Tensor] = get_peft_model_state_dict(model.model, save_embedding_layers=False)
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
@@ -134,8 +134,8 @@ def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
     if differing:
         raise ModelError(
             where="adapter",
-            found="number of tensors whose name or shape differs from the model's adapter: "
-            f"{len(differing)} ({min(differing)} ...)",
+            found="has other tensor names or shapes than the model's adapter, for example "
+            f"{min(differing)} (in all: {len(differing)})",
             expected="an adapter with the settings of this recipe",
         )
     set_peft_model_state_dict(model.model, tensors)

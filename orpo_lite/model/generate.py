@@ -80,10 +80,12 @@ class Answerer:
     def batches(self, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
         """Divide the prompts into batches, the longest prompts first. Return lists of indices.
 
-        If the :meth:`room` of a prompt is less than ``limit``, the prompt is alone in its batch, so
-        that the answers to other prompts are not shortened. A prompt without room is left out. The
-        same model, prompts and limit always give the same batches, so a repeated command gives the
-        same answers.
+        After a long prompt, the model may have too few positions for ``limit`` more tokens
+        (:meth:`room`). Such a prompt is alone in its batch, because all answers of a batch have the
+        same largest length. A prompt is left out if the model has no position for its answer.
+
+        The same model, prompts and limit always give the same batches, so a repeated command gives
+        the same answers.
 
         Args:
             prompts: the tokens of each prompt.
@@ -199,9 +201,9 @@ class Answerer:
     def padding_fault(self) -> str:
         """The reason why this model cannot answer prompts in a padded batch; "" if it can.
 
-        As a test, random prompts of three lengths are continued with random tokens, which the model
-        does not choose: first in one padded batch, then one prompt at a time. The logits must be
-        equal within :data:`SAME`.
+        A test makes three random prompts of different lengths, and a random answer to each. The
+        model reads them twice: all prompts in one padded batch, and one prompt at a time. The
+        logits of the answers must be equal within :data:`SAME`.
         """
         numbers = torch.Generator().manual_seed(0)
         vocabulary = min(256, self.model.config.get_text_config().vocab_size)

@@ -61,9 +61,10 @@ def score(
     pad_id: int = 0,
     processes: Processes | None = None,
 ) -> Generator[tuple[int, int], None, PairLogps]:
-    """Return the scores of pairs. Yield progress as :func:`evaluate` does.
+    """Yield (batches done, all batches) as progress; finally return the scores of the pairs.
 
-    If ``processes`` is None, this process scores all pairs.
+    The scores have the same form as in :func:`evaluate`. ``processes`` divide the pairs among them;
+    if it is None, each process that calls this function computes the scores of all pairs.
     """
     if processes is None:
         passes = yield from _forward(model, pairs, recipe, pad_id=pad_id)

@@ -91,10 +91,9 @@ def bare_pair_model(
     On the meta device, the model's tensors have no values. On other devices, the weights are
     random.
 
-    ``config`` may have fewer layers than the base. If the recipe continues an adapter, a name in
-    ``lora.target_modules`` can be a single layer or expert of the base: ``layers.9.q_proj``. The
-    built model possibly lacks this layer. So if the recipe continues an adapter and a name has a
-    dot, the adapter is on all linear layers of the built model instead.
+    ``config`` may have fewer layers than the base. If the recipe continues an adapter,
+    ``lora.target_modules`` may name a layer that the built model lacks: ``layers.9.q_proj``. If
+    such a recipe has a name with a dot, the adapter is on all linear layers of the built model.
     """
     names = recipe.lora.target_modules
     if recipe.model.adapter_name_or_path and any("." in name for name in names):
@@ -103,9 +102,9 @@ def bare_pair_model(
 
 
 def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> Any:
-    """Build the model of :func:`bare_pair_model` without an adapter.
+    """Build the base of :func:`bare_pair_model`: the model before an adapter is added.
 
-    The model is quantised if ``quantization.load_in_4bit`` is set.
+    The base is quantised if ``quantization.load_in_4bit`` is set.
     """
     with device:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)

@@ -201,14 +201,16 @@ class PairModel(nn.Module):
         ]
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the adapter to training or evaluation mode. The base stays in evaluation mode.
+        """Switch the adapter to training mode, or to evaluation mode if ``mode`` is False.
 
-        In training mode, a base may use dropout, skipped layers, router jitter or random experts.
-        Because the base is frozen, these would only add noise.
+        The base stays in evaluation mode. Training mode could switch on its dropout, skipped
+        layers, router jitter or random experts. In a frozen base, these would only add noise.
 
-        There is one exception: Linear4bit layers stay in training mode. In evaluation mode, on CPUs
-        with AVX512-BF16, the first forward pass without gradients repacks their weights. After
-        that, no gradient passes through the layer to its input (bitsandbytes 0.50).
+        Two kinds of modules of the base are exceptions:
+
+        - Checkpointed layers get the adapter's mode. Their submodules do not.
+        - Linear4bit modules are always in training mode. In evaluation mode, bitsandbytes 0.50 may
+          repack their weights on CPUs with AVX512-BF16. After that, their input gets no gradient.
         """
         super().train(False)
         self.training = mode
@@ -267,9 +269,10 @@ class PairModel(nn.Module):
 
 
 def find_head(causal: Any) -> Head:
-    """Return the model's head, with the scale and softcap of logits from the configuration.
+    """Return the model's output layer, with the scale and softcap of its logits.
 
-    If a model changes its logits in another way, ``model.probe`` detects this.
+    The scale and the softcap are read from the configuration. If a model also changes its logits in
+    a different way, the head lacks this change. ``model.probe`` detects such models.
     """
     config = causal.config.get_text_config()
     scale = getattr(config, "logit_scale", None)

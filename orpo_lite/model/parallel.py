@@ -135,7 +135,7 @@ def _check_environment() -> None:
             expected="one process, or plain data parallelism",
             fix=Command(
                 f"unset {' '.join(sharded)}",
-                "; if `accelerate config` has set it, run `accelerate config` again and choose "
-                "neither FSDP nor DeepSpeed",
+                "; if the configuration of accelerate turns this on, run `accelerate config` "
+                "again without DeepSpeed, FSDP and Megatron-LM",
             ),
         )

@@ -81,8 +81,8 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
 def probe_operations(model: PairModel) -> None:
     """Compare this package's layers with the model's own layers.
 
-    For a recipe without packing, this part of :func:`probe` is enough: the other part chooses how
-    packed pairs go through the model (:data:`orpo_lite.model.pair_model.Route`).
+    Use this function for a recipe without packing. For a recipe with packing, use :func:`probe`: it
+    makes the same comparison, and then chooses a route for packed pairs.
     """
     with _random_adapter(model):
         _compare_operations(model)
@@ -158,7 +158,7 @@ def _check_own_forward(model: PairModel) -> None:
         raise ModelError(
             where=where,
             found=f"its forward pass changes its weights ({changed_weights[0]} ...), "
-            "so the adapter no longer fits them",
+            "so the adapter does not fit the changed weights",
             fix="set rescale_every to 0 in the model's config.json"
             if has_rescaling
             else "use another base",
@@ -168,8 +168,8 @@ def _check_own_forward(model: PairModel) -> None:
     if not difference <= logit_rounding(model):
         raise ModelError(
             where=where,
-            found="its tokens see later tokens, so the model fills in text and does not continue "
-            "it",
+            found="its logits at a token depend on later tokens, as in a model that fills gaps in "
+            "a text",
             expected="a causal language model",
         )
 

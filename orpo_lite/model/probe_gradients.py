@@ -1,7 +1,8 @@
-"""Compare gradients with the gradient of the model's own layers.
+"""Check that ways to save time or memory change the gradient only by rounding.
 
-Two gradients are compared: the gradient on a route (:data:`orpo_lite.model.pair_model.Route`), and
-the gradient with this package's layers (fused LoRA, tiled MLPs).
+Three ways are checked: the route of pairs through the model
+(:data:`orpo_lite.model.pair_model.Route`), this package's layers (fused LoRA, tiled MLPs), and
+checkpointing.
 """
 
 import math
@@ -31,7 +32,10 @@ PROBE_TILE = 16  # tokens in a tile, so that each sequence of GRADIENT_PAIRS has
 
 
 class Gradient(NamedTuple):
-    """The gradient without this package's layers. Other gradients are compared with this one."""
+    """The gradient without this package's layers. Other gradients are compared with this gradient.
+
+    The layers of the model's code and of peft are used instead.
+    """
 
     parts: list[Tensor]
     """One tensor per trained parameter."""
@@ -40,16 +44,16 @@ class Gradient(NamedTuple):
 
 
 def own_gradient(model: PairModel) -> Gradient:
-    """Return the model's own gradient, and the largest relative change that rounding can cause.
+    """Return the gradient without this package's layers, and a bound for its rounding errors.
 
-    The gradient is computed with the layers of the model's code and of peft, without the layers of
-    this package. All logits are in memory.
+    The gradient is computed with the layers of the model's code and of peft. All logits are in
+    memory. The bound is the largest relative difference that rounding can cause.
 
-    In float64 and float32, this bound is fixed. In half precision, the bound is measured: noise of
-    the size of a rounding error is added to the embeddings. The bound is three times the relative
-    change that this noise causes in the gradient, but at least 0.01 and at most 0.3. If the same
-    operations run in another order, the gradient changes about as much as with the noise: by 1%
-    (Llama) to 10% (Gemma).
+    In float64 and float32, the bound is fixed. In half precision, the bound is measured:
+
+    - Noise of the size of a rounding error is added to the embeddings.
+    - The relative change of the gradient is measured: about 1% (Llama) to 10% (Gemma).
+    - The bound is three times this change, but at least 0.01 and at most 0.3.
     """
     with own_layers(model):
         parts = _gradient(model, "logits")
@@ -63,10 +67,10 @@ def own_gradient(model: PairModel) -> Gradient:
 
 
 def gradient_difference(model: PairModel, route: Route, own: Gradient) -> str:
-    """Describe how a route's gradient differs from the model's own gradient.
+    """Describe how the gradient on ``route`` differs from ``own``, the model's own gradient.
 
-    The description is "" if the difference can come from rounding. If the model's code fails on
-    the route, return the reason.
+    The result is "" if rounding can cause the difference. If the model's code fails on the route,
+    the result is the reason of the failure.
     """
     try:
         difference = _distance(_gradient(model, route), own.parts)
@@ -78,7 +82,10 @@ def gradient_difference(model: PairModel, route: Route, own: Gradient) -> str:
 
 
 def check_reruns(model: PairModel) -> None:
-    """Check that the gradient is the same with and without checkpointing (and offload, if used).
+    """Check that the gradient is right if layers run again in the backward pass.
+
+    The gradient is computed twice: with the checkpointing and the offload that the model uses, and
+    without them. The two gradients must be equal except for rounding.
 
     Raises:
         ModelError: the two gradients differ, or the gradient without checkpointing is not finite.
@@ -116,8 +123,9 @@ def check_reruns(model: PairModel) -> None:
 def drop_wrong_operations(model: PairModel, own: Gradient) -> None:
     """Remove orpo-lite's layers (fused LoRA, tiled MLPs) if they give a wrong gradient.
 
-    ``own`` is the right gradient, computed with the layers of peft and of the model's code. After
-    the removal, the model uses these layers. ``model.notes`` gives the reason.
+    ``own`` is the right gradient, computed with the layers of peft and of the model's code. If
+    orpo-lite's layers are removed, the model uses the layers of peft and of the model's code, and
+    ``model.notes`` gives the reason.
     """
     replaced = replaced_modules(model)
     tiled = [module.forward for module in replaced if hasattr(module.forward, "tokens")]

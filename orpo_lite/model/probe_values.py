@@ -1,6 +1,7 @@
 """Compare a route's log-probabilities with those of the model's own forward pass.
 
-``probe_gradients.py`` uses some functions too: for random pairs, for rounding, for error texts.
+For the routes see :data:`orpo_lite.model.pair_model.Route`. ``probe_gradients.py`` also uses
+functions of this module: for random pairs, mean log-probabilities, rounding and error texts.
 """
 
 import logging
@@ -201,7 +202,10 @@ def coarsest_dtype(model: PairModel) -> torch.dtype:
 
 @contextmanager
 def rounded_input(model: PairModel) -> Iterator[None]:
-    """Add noise as large as a rounding error to the embeddings while the context is open."""
+    """Add noise to the embeddings while the context is open.
+
+    The noise is as large as a rounding error.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def rounded(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
@@ -228,9 +232,10 @@ def error_reason(error: Exception, route: Route) -> str:
 
 
 def describe_error(error: Exception) -> str:
-    """Return the type of an error that the model's code raised, and log the traceback.
+    """Log the traceback of an error that the model's code raised, and return a text for a note.
 
-    An error of the device is raised again, because the model's code did not cause it.
+    The text is "TypeError; train.log has the traceback" for a TypeError. An error of the device is
+    raised again, because the model's code did not cause it.
     """
     if is_out_of_memory(error) or is_device_error(error):
         raise error

@@ -80,37 +80,41 @@ class Objective(ABC):
         self.settings = settings
 
     def divisors(self, pairs: Sequence[TokenizedPair]) -> Divisors:
-        """Return the divisors of an optimizer step on these pairs."""
+        """Return the divisors of the loss: the number of pairs, and the number of NLL tokens.
+
+        ``pairs``: all pairs of an optimizer step or of an evaluation.
+        """
         only = self.settings.counts_only_completion
         tokens = sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs)
         return Divisors(len(pairs), tokens)
 
     @abstractmethod
     def loss(self, logps: PairLogps, facts: PairFacts, divisors: Divisors) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch's share of the step's loss, and of each value named in ``parts``.
+        """Return a micro-batch's shares of the step's loss and of the values named in ``parts``.
 
         The shares of all micro-batches and processes add up to the step's loss. The planner calls
         this method on the meta device, where tensors have no values. So an objective must not
         branch on a value, and must not use a boolean mask or ``.item()``.
 
         Args:
-            logps: log-probabilities of the P pairs of this micro-batch. Without the need
-                ``rejected``, the rejected log-probabilities are NaN in a training step.
-            facts: the lengths of the P pairs, and with the need ``reference`` their
+            logps: log-probabilities of the P pairs of this micro-batch. If the objective does not
+                need ``rejected``, the rejected log-probabilities are NaN in a training step.
+            facts: the lengths of the P pairs. If the objective needs ``reference``, also their
                 log-probabilities under the reference model.
-            divisors: divisors of the whole optimizer step.
+            divisors: the numbers of pairs and of NLL tokens in the whole optimizer step. The loss
+                divides its sums over the micro-batch by them.
 
         Returns:
-            A scalar for the backward pass, and the values named in ``parts`` as a detached tensor
-            of shape (len(parts),).
+            The share of the loss as a scalar for the backward pass, and the shares of the values
+            named in ``parts`` as a detached tensor of shape (len(parts),).
         """
 
     @abstractmethod
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
-        """Return the metrics of a step. One of them is ``loss``.
+        """Return name -> value of each metric of a step or evaluation. One metric is ``loss``.
 
-        ``parts``: one number for each name in the class attribute :attr:`parts`, in the same order.
-        The number is the sum of this value over the whole step.
+        ``parts``: the values that ``self.parts`` names, in the same order. Each value is already
+        summed over all micro-batches and processes.
         """
 
     def described(self) -> list[tuple[str, str]]:
@@ -153,10 +157,10 @@ def mean_nll(logps: PairLogps, divisors: Divisors, reduction: Literal["token", "
 
 
 def find_objective(settings: LossSection) -> Objective:
-    """Return the objective that ``loss.type`` names. The objective gets the settings of ``loss``.
+    """Return the objective for the recipe's ``loss`` settings.
 
-    The type is the name of a module, and ``OBJECTIVE`` in this module is the objective's class:
-    ``orpo`` -> ``OBJECTIVE`` in ``orpo.py``.
+    Its class is ``OBJECTIVE`` in the module that ``loss.type`` names: the type ``orpo`` ->
+    ``OBJECTIVE`` in ``orpo.py``.
 
     Raises:
         RecipeError: the objective needs an output that no model returns.

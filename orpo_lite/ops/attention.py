@@ -1,9 +1,10 @@
 """Compute the attention of packed pairs, and choose the back-end that computes it.
 
-transformers calls :func:`pair_attention` as a function of its ``AttentionInterface``. A token sees
-only the prefix of its segment, the earlier tokens of its segment, and itself.
-:func:`orpo_lite.ops.segments.use_layout` sets the segments of a row. The segments are not passed
-through the model, because not every model passes keyword arguments to its attention.
+:func:`pair_attention` is registered in transformers' ``AttentionInterface``, and models call it. A
+row consists of segments: see :mod:`orpo_lite.ops.segments`. A token sees itself and the earlier
+tokens of its segment. If the segment has a prefix, which is another part of the row, the token sees
+the whole prefix too. :func:`orpo_lite.ops.segments.use_layout` sets the segments of a row. They are
+not passed through the model, because not every model passes keyword arguments to its attention.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ NAME = "orpo_lite_pairs"  # the key of pair_attention in transformers' Attention
 class UnsupportedError(Exception):
     """A model calls :func:`pair_attention` with an option that this function does not support.
 
-    Such a model cannot process packed rows, so each sequence must go through the model alone.
+    Such a model cannot process packed rows. So each sequence needs its own forward pass.
     """
 
 

@@ -60,8 +60,10 @@ def transfer(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the tensor on ``device``. The copy is asynchronous.
 
     A copy from a GPU to the CPU is in pinned memory. Code on another CUDA stream must wait for the
-    stream on which the copy was started. The data of meta tensors are not copied.
-    :func:`is_on_host` tells which meta tensors represent host memory.
+    stream on which the copy was started.
+
+    The result for a meta tensor is a meta tensor. If ``device`` is the CPU, the result represents
+    host memory: :func:`is_on_host` returns True for it.
     """
     if tensor.is_meta:
         to_host = device == HOST

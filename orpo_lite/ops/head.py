@@ -180,17 +180,17 @@ class _RowJacobian(torch.autograd.Function):
 
 
 class Spans(NamedTuple):
-    """The parts of one pair's scored rows, and the rows that each of three sums includes.
+    """Where the responses and the NLL tokens of a pair are in the pair's scored rows.
 
     The scored rows have three parts: the common prefix, the rest of the chosen sequence and the
     rest of the rejected sequence. ``prefix``, ``chosen`` and ``rejected`` are the numbers of rows
     in these parts.
 
-    There are three sums: for the chosen response, the rejected response and the NLL. Each sum
-    includes rows of two parts: the prefix and one rest. In each part, the rows from a given row to
-    the end are included. Example: the chosen sum includes the prefix from row ``chosen_in_prefix``
-    and the rest of the chosen sequence from row ``chosen_in_rest``. The sum for the NLL includes
-    rows of the same two parts as the chosen sum.
+    The other fields are first rows, each counted from the start of its part:
+
+    - chosen response -> prefix[chosen_in_prefix:] and chosen rest[chosen_in_rest:]
+    - rejected response -> prefix[rejected_in_prefix:] and rejected rest[rejected_in_rest:]
+    - NLL tokens -> prefix[nll_in_prefix:] and chosen rest[nll_in_rest:]
     """
 
     prefix: int
@@ -209,7 +209,7 @@ def packed_logps(logps_N: Tensor, spans: Sequence[Sequence[int]]) -> PairLogps:
 
     Args:
         logps_N: the result of :func:`row_logps` for the scored rows of all pairs.
-        spans: one sequence per pair: the fields of the pair's :class:`Spans`, in order.
+        spans: one entry per pair. An entry has the numbers of a :class:`Spans` in the same order.
     """
     chosen, rejected, nll, counted = [], [], [], []
     parts = logps_N.split([sum(span[:3]) for span in spans])

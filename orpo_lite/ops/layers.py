@@ -37,8 +37,8 @@ def checkpoint_layers(
 
     Args:
         layers: decoder layers of type ``GradientCheckpointingLayer``.
-        use_layout: a context manager that sets a layout. A layer's second run may be on another
-            thread, where no layout is set. So use_layout sets the first run's layout there again.
+        use_layout: ``with use_layout(layout)`` sets a layout. A layer's second run is inside such a
+            block, because it may be on another thread, where no layout is set.
         offload: if True, the layers' inputs are kept in host memory.
         has_dropout: whether the layers have dropout. If so, the second run uses the random state
             of the first run.
@@ -83,9 +83,8 @@ class HostStore:
     on the device until two more tensors have been saved. Then the computation on the device waits
     for the end of the copy. After that, other tensors may use the tensor's device memory.
 
-    ``record_stream`` is not used. With ``record_stream``, the allocator would decide when memory is
-    free. The host runs ahead of the device. So the memory of several tensors would be free too
-    late.
+    torch's ``record_stream`` is not used. The host runs ahead of the device, so with
+    ``record_stream`` the allocator would reuse the memory of several tensors too late.
 
     Backward pass: while a layer runs, the tensor for the next layer is copied to the device. So the
     tensors of two layers are on the device. The memory of both tensors is allocated on the stream
@@ -222,10 +221,11 @@ class HostPool:
     def place_for(self, tensor: Tensor, expected: int) -> _Place:
         """Return a place for a tensor. If no slab has enough free bytes, allocate a new slab.
 
-        ``expected`` is the number of tensors of this size that still need a place, including
-        ``tensor``. The new slab's size is a power of two: the largest one that is not above the
-        total size of the expected tensors. So little memory is unused. If this size is too small
-        for ``tensor``, the slab has the next larger power of two.
+        ``expected``: the number of tensors of this size that still need a place, with ``tensor``.
+
+        The size of a slab is a power of two. A new slab is not larger than all expected tensors
+        together, so that little is unused: 3 tensors of 1 MiB -> a slab of 2 MiB. Exception: a
+        slab must be large enough for ``tensor``: 1 tensor of 3 MiB -> a slab of 4 MiB.
         """
         size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         fitting = [slab for slab in self._slabs if slab.free_bytes >= size]

@@ -133,9 +133,8 @@ GEMM_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
     """Return the output of a 4-bit layer with its adapter, for few rows and without gradients.
 
-    The arguments are those of :func:`lora_linear`; ``layer`` is the frozen 4-bit layer.
-    bitsandbytes chooses its kernel by GPU and shape. If a dequantised matrix is faster,
-    bitsandbytes dequantises the matrix.
+    ``layer`` is the frozen 4-bit layer. The other arguments are those of :func:`lora_linear`.
+    The GPU and the shape decide whether bitsandbytes dequantises the matrix.
     """
     import bitsandbytes as bnb
 
@@ -145,11 +144,12 @@ def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: floa
 
 
 def frozen_weight(layer: nn.Module) -> Weight | None:
-    """Return a function that returns the matrix of ``layer``.
+    """Return a function that returns the matrix of ``layer``; None if ``layer`` is not supported.
 
-    The function dequantises a 4-bit matrix at each call. Two kinds of layers are supported:
-    nn.Linear, and 4-bit layers that replace an nn.Linear. If a 4-bit layer has a compute dtype,
-    this dtype must be the dtype of the dequantised matrix. For any other layer, the result is None.
+    The function dequantises a 4-bit matrix at each call.
+
+    An nn.Linear is supported. A Linear4bit is supported if it replaces an nn.Linear, and if its
+    compute dtype is not set or is the dtype of the dequantised matrix.
     """
     # source_cls is the type of the layer that transformers has replaced by a 4-bit layer.
     if getattr(layer, "source_cls", nn.Linear) is not nn.Linear:

@@ -42,17 +42,18 @@ MULTIPROCESSORS = 192
 
 
 def varlen_workspace(query: Tensor, key: Tensor, value: Tensor, segments: int) -> list[Tensor]:
-    """Return tensors of the sizes that FlashAttention 2 allocates for the backward pass of a row.
+    """Return tensors of the sizes that FlashAttention 2 allocates for a backward pass.
 
-    A row is packed: it holds one or more sequences. The sizes are from ``mha_varlen_bwd`` in
-    torch's flash_attn/flash_api.cpp. The flash-attn package allocates the same tensors:
-    ``dq_accum``, the sum of the queries' gradient, and ``softmax_d``, one number per query and
-    head. Both are float32 and have space for 128 additional tokens per sequence. If query heads
-    share keys and values, there are also gradients of keys and values for each query head.
+    The pass is that of one row with 1 to ``segments`` sequences. The sizes are from
+    ``mha_varlen_bwd`` in torch's flash_attn/flash_api.cpp:
 
-    Deterministic kernels allocate several copies of ``dq_accum``. If a row has fewer sequences,
-    the kernels allocate more copies. The returned ``dq_accum`` has the largest size that a row
-    with 1 to ``segments`` sequences can need.
+    - ``dq_accum``: the sum of the queries' gradient, in float32.
+    - ``softmax_d``: one float32 number per query and head.
+    - If query heads share keys and values: the gradients of keys and values per query head.
+
+    ``dq_accum`` and ``softmax_d`` have space for 128 additional tokens per sequence. Deterministic
+    kernels allocate several copies of ``dq_accum``. The number of copies depends on the number of
+    sequences, so the largest total size is returned.
 
     Args:
         query: shape (T, H, E).
@@ -105,8 +106,8 @@ def _round_up(number: int, step: int) -> int:
 def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: int = 0) -> Tensor:
     """Simulate the memory use of FlashAttention or a similar kernel (:class:`MetaAttention`).
 
-    For FlashAttention, ``segments`` is the number of sequences in the row. For kernels that take
-    one sequence at a time, ``segments`` is 0.
+    ``segments``: the number of sequences in a packed row, for FlashAttention. 0 for other kernels,
+    which take one sequence or a padded batch.
     """
     out: Tensor = MetaAttention.apply(query, key, value, segments, 1)
     return out
@@ -116,8 +117,8 @@ def meta_padded_attention(query: Tensor, key: Tensor, value: Tensor, padding: in
     """Simulate the memory use of torch's memory-efficient kernel for tensors of shape (T, H, E).
 
     The kernel pads some of its own tensors: each sequence gets the length of the longest sequence.
-    With padding, such a tensor has at most ``padding`` times as many rows as without padding. Each
-    query head must have its own key head.
+    ``padding`` is an upper bound for the growth of these tensors: 2 -> at most twice as many rows.
+    Each query head must have its own key head.
     """
     out: Tensor = MetaAttention.apply(query, key, value, 0, padding)
     return out

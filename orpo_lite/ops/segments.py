@@ -3,11 +3,12 @@
 A segment is a part of the row whose tokens attend to each other causally. A segment can have a
 prefix: another part of the row, to which all tokens of the segment attend too.
 
-If a pair shares its prompt, the row contains ``[prefix | chosen rest | rejected rest]``: the common
-prefix of the two sequences, and then the rest of each sequence. The first segment is the common
-prefix and the chosen rest. The second segment is the rejected rest, and its prefix is the common
-prefix. So the rejected tokens attend as if they followed the common prefix directly. For this
-purpose, the causal mask is aligned bottom-right: the last query is at the position of the last key.
+The chosen and the rejected sequence of a pair begin with the same tokens, the common prefix. If the
+row contains the prefix only once, it is ``[prefix | chosen rest | rejected rest]``. The first
+segment is the common prefix and the chosen rest. The second segment is the rejected rest, and its
+prefix is the common prefix. So the rejected tokens attend as if they followed the common prefix
+directly. A segment with a prefix has more keys than queries. Its causal mask is aligned
+bottom-right: the last query is at the position of the last key.
 """
 
 from __future__ import annotations
@@ -103,13 +104,16 @@ class AttentionOptions(NamedTuple):
 def as_sequences(
     query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, int, int]]:
-    """Return a row as concatenated sequences, the input format of varlen kernels.
+    """Return a row's queries, keys and values in the input format of varlen kernels.
+
+    Each segment becomes one sequence. All sequences are in one tensor, one after another. In keys
+    and values, a copy of the segment's prefix comes first in the sequence.
 
     Returns:
-        Queries (T, H, E), keys (S, K, E), values (S, K, E') and ``lengths``. In keys and values,
-        each segment follows a copy of its prefix. ``lengths`` has four entries: the first index of
-        each sequence in the queries, the first index of each sequence in the keys, the length of
-        the longest sequence in the queries, the length of the longest sequence in the keys.
+        Queries (T, H, E), keys (S, K, E), values (S, K, E'), and a tuple of four entries:
+        (starts_q, starts_k, longest_q, longest_k). ``starts_q`` has the index at which each
+        sequence begins in the queries, and then T. ``longest_q`` is the length of the longest
+        sequence in the queries. ``starts_k`` and ``longest_k`` are the same for the keys.
     """
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if any(segment.prefix_length for segment in segments):
@@ -140,10 +144,10 @@ def _starts(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor
 class Run(NamedTuple):
     """Consecutive segments of a row, with similar lengths.
 
-    ``queries`` and ``keys`` are slices of the queries and keys from :func:`as_sequences`.
-    ``starts_q`` contains the index at which each segment begins in the slice ``queries``, and then
-    the length of the slice. ``starts_k`` has the corresponding numbers for the slice ``keys``. In
-    ``keys``, a segment begins with a copy of its prefix.
+    ``queries``: the slice of the queries from :func:`as_sequences` that holds these segments.
+    ``starts_q``: the start of each segment in this slice, and then the length of the slice.
+    Example: segments with 3 and 4 queries -> [0, 3, 7]. ``keys`` and ``starts_k``: the same for the
+    keys. The keys of a segment begin with the keys of its prefix.
     """
 
     queries: slice
@@ -160,11 +164,11 @@ PADDING = 2
 
 @lru_cache(maxsize=4)
 def similar_runs(segments: tuple[Segment, ...], device: torch.device) -> tuple[Run, ...]:
-    """Split the segments of a row into runs of similar length.
+    """Split the segments of a row into runs. The segments of a run have similar lengths.
 
-    Some kernels pad each sequence to the longest sequence of a call. To save memory, such a kernel
-    is called once per run. Within a run, padding multiplies the number of queries and the number of
-    keys by at most :data:`PADDING`.
+    Some kernels pad each sequence to the longest sequence of a call. Such a kernel is called once
+    per run, so that less memory is used. A run with padding has at most :data:`PADDING` times as
+    many queries as the same run without padding. This is also true for the keys.
     """
     groups: list[list[Segment]] = []
     for segment in segments:
@@ -192,14 +196,21 @@ def _is_similar(group: Sequence[Segment]) -> bool:
 
 
 def clear_row_caches() -> None:
-    """Empty the caches of recent rows. A measured step then allocates its index tensors again."""
+    """Empty the caches of recent rows, which hold index tensors.
+
+    Call this before the memory of a step is measured. The step then allocates all its index tensors
+    again, so they are measured too.
+    """
     _key_index.cache_clear()
     _starts.cache_clear()
     similar_runs.cache_clear()
 
 
 def join_tokens(tensor: Tensor, prefix: slice, own: slice) -> Tensor:
-    """Return the tokens at ``prefix``, then those at ``own``. Empty ``prefix``: return a view."""
+    """Return the tokens at ``prefix``, followed by the tokens at ``own``.
+
+    If ``prefix`` is empty, return a view of ``tensor``, not a copy.
+    """
     own_tokens = tensor[:, :, own]
     if prefix.stop <= prefix.start:
         return own_tokens

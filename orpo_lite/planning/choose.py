@@ -24,20 +24,19 @@ def choose_memory(
 ) -> Generator[Update, None, tuple[Recipe, dict[str, Any]]]:
     """Yield updates; finally return (recipe with planned settings, new content of plan.json).
 
-    The content is {} if no new plan is made. Nothing is planned in two cases: there is no GPU and
-    ``memory.budget`` is not set, or the model cannot be measured. The recipe is then returned
-    unchanged.
+    The content is {} if no new plan is made:
 
-    A resumed run keeps the settings in its plan.json if they still fit, because other settings
-    would change the last bits of its results. If ``changed`` contains a key of the section
-    ``memory``, a new plan is made.
+    - There is neither a GPU nor a ``memory.budget`` -> the recipe is returned unchanged.
+    - The model cannot be measured -> the recipe is returned unchanged.
+    - The run has a plan that still fits, and no key of the section ``memory`` has changed -> the
+      settings of this plan are used. Other settings would change the last bits of the results.
 
     Args:
         recipe: the recipe of the run.
         inputs: the base and the tokenized pairs.
         path: the run folder. If the run is resumed, it may contain plan.json.
         processes: the processes of the run. All of them use the same plan.
-        changed: the recipe keys whose values differ from the values at the start of the run.
+        changed: the recipe keys whose values differ from the values in the run's newest step.
 
     Raises:
         FitError: the training does not fit the budget with any memory settings.
@@ -60,11 +59,11 @@ def choose_memory(
     if still_fits and not is_changed:
         return recipe.with_memory(before["levers"]), {}
     if before:
-        why = "has other memory settings than the recipe" if still_fits else "does not fit any more"
+        why = "has other memory settings than the recipe" if still_fits else "exceeds the budget"
         yield Update(
             "note",
-            f"the plan made when the run started {why}. A new plan is made, and results may "
-            "differ in the last bits",
+            f"the earlier plan of this run {why}. A new plan is made, and results may differ in "
+            "the last bits",
         )
     yield Update("stage", "planning the memory of a step")
     lengths = pair_lengths(inputs.train)

@@ -72,9 +72,9 @@ class LayerExtrapolation:
             models: the cache of models from earlier measurements of the recipe; None for a new one.
             on_device: the extrapolation for the same settings without offload; None if these
                 settings have no offload.
-            alike: an extrapolation for other settings. With both settings, an un-checkpointed layer
-                must need the same bytes and the same operators. ``alike`` measures this layer for
-                both. None: this extrapolation measures the layer.
+            alike: an extrapolation for other settings, with which an un-checkpointed layer needs
+                the same bytes and operators. Its measurement of this layer is used. None: this
+                extrapolation measures the layer.
             untiled: the extrapolation for the same settings without MLP tiles and with the recipe's
                 ``head_chunk``; None if these settings have no MLP tiles.
         """
@@ -145,7 +145,7 @@ class LayerExtrapolation:
         return max(recomputing, backward)
 
     def work(self, layers: int, kept: int) -> Counter[tuple[int, int]]:
-        """Count the operators of a step: (FLOPs, bytes moved) -> number of such operators."""
+        """Return how often a step runs each kind of operator: (FLOPs, bytes moved) -> count."""
         total = Counter(self._two.work)
         parts = [(_added(self._two.work, self._three.work), layers - kept - self._few)]
         if kept:
@@ -170,10 +170,10 @@ class LayerExtrapolation:
         return seconds(self.work(layers, kept), sent, gpu) / self._two.tokens
 
     def least_peak(self, untiled: "LayerExtrapolation", kept: int) -> int:
-        """Return a lower bound of :meth:`peak`. The bound needs fewer measured steps than the peak.
+        """Return a lower bound of :meth:`peak`. Fewer steps are measured than for the peak.
 
-        ``untiled`` is the extrapolation without MLP tiles. ``kept`` is a number of un-checkpointed
-        layers. The bound counts one layer less than ``kept``: the first layer may keep nothing.
+        The bound counts the bytes of ``kept - 1`` un-checkpointed layers, because the first layer
+        of a model needs fewer bytes. ``untiled`` has the same settings without MLP tiles.
         """
         on_device, plain = self._on_device or self, untiled._on_device or untiled
         return max(0, on_device._kept.peak - plain.checkpoint + (kept - 3) * self.layer)
@@ -183,8 +183,9 @@ class LayerExtrapolation:
     ) -> float:
         """Return a lower bound of :meth:`seconds_per_token`. The bound needs fewer measured steps.
 
-        ``untiled`` is the extrapolation without MLP tiles. The bound uses the time of checkpointed
-        layers without tiles. The time with tiles is never shorter, because tiles only add work.
+        ``untiled`` is the extrapolation without MLP tiles. The bound uses the time that a
+        checkpointed layer takes without tiles. With tiles the layer is never faster, because tiles
+        only add work.
         """
         plain = untiled._on_device or untiled
         without = untiled.seconds_per_token(layers, 0, gpu)

@@ -68,16 +68,20 @@ class StepMemory:
 def heaviest_pairs(
     recipe: Recipe, triples: Triples, batching: Batching, *, in_one_row: bool
 ) -> list[TokenizedPair]:
-    """Return pairs that need at least as much memory as any micro-batch of the given pairs.
+    """Return artificial pairs that need at least as much memory as any micro-batch of the recipe.
 
-    If all pairs of a micro-batch are in one row, memory grows with three numbers: the numbers of
-    tokens, segments and prefix tokens. FlashAttention adds 128 rows for each segment.
-    Attention repeats the keys and values of prefix tokens. In the returned pairs, each of the three
-    numbers is at its maximum over all possible micro-batches.
+    One row per micro-batch: memory grows with the numbers of tokens, segments and prefix tokens.
+    (FlashAttention needs space for 128 additional tokens per segment. Attention repeats the keys
+    and values of prefix tokens.) The artificial pairs have the maximum of all three numbers.
 
-    If the pairs are in several rows, the longest pairs are divided into micro-batches. The largest
-    micro-batch is returned. If this micro-batch has fewer tokens than are allowed, one more pair
-    with the missing tokens is added.
+    Several rows per micro-batch: the longest pairs are divided into micro-batches. The artificial
+    pairs are as long as the pairs of the largest one. If there is room, a further pair fills it.
+
+    Args:
+        recipe: the recipe of the run.
+        triples: the token counts of the run's pairs.
+        batching: the limits of a micro-batch.
+        in_one_row: whether the model takes all pairs of a micro-batch in one row.
     """
     most = recipe.training.global_batch_size
     if not (batching.packed and in_one_row):
@@ -226,10 +230,11 @@ LOADERS = 4
 
 
 def resident_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
-    """Return (part -> bytes that stay on the device through all steps, paged bytes).
+    """Return (bytes of each part, paged bytes).
 
-    Paged bytes are optimizer states that the driver may move to host memory. The part "optimizer"
-    includes the paged bytes.
+    The bytes of each part are a dict: part, such as "adapter" -> bytes that stay on the device
+    through all steps. Paged bytes are optimizer states that the driver may move to host memory. The
+    part "optimizer" includes the paged bytes.
     """
     tensors_by_part = held_tensors(model)
     sizes = {name: sum(map(storage_bytes, tensors)) for name, tensors in tensors_by_part.items()}
@@ -248,9 +253,9 @@ def offloaded_embedding_bytes(model: PairModel) -> int:
 def loading_bytes(model: PairModel, resident: Mapping[str, int]) -> int:
     """Return the bytes on the device while the base is loaded.
 
-    The bytes are those of the whole base and of 16-bit tensors. The base includes an embedding that
-    is moved to host memory after loading. Each loading thread of transformers may hold one 16-bit
-    tensor that is not quantised yet.
+    The whole base is counted, also an embedding that is moved to host memory after loading. If
+    layers are quantised, one 16-bit tensor per loading thread of transformers is added, because
+    each thread may hold one tensor that is not quantised yet.
     """
     quantised = [
         _elements(parameter)

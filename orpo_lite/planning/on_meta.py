@@ -73,10 +73,10 @@ def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
 def patched_for_meta() -> Iterator[None]:
     """Replace two functions that do not work on meta tensors, inside the ``with`` block.
 
-    ``torch.autocast`` fails for the device type meta. peft's adapters of experts call
-    ``torch.autocast`` to turn autocast off. transformers' ``find_packed_sequence_indices`` reads
-    the values of positions, and meta tensors have no values. The replacement of this function
-    returns None, because each row is one sequence and the indices are not needed.
+    - ``torch.autocast`` fails for the device type meta. peft calls it for adapters of experts. The
+      replacement uses the device type cpu instead of meta.
+    - ``find_packed_sequence_indices`` of transformers reads the values of positions, but meta
+      tensors have no values. The replacement returns None: "each row is one sequence".
     """
     plain: Any = torch.autocast
     search = masking_utils.find_packed_sequence_indices

@@ -52,17 +52,18 @@ class PlannedRoute:
 def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> PlannedRoute:
     """Return the route that the probe before the training is expected to choose.
 
-    If all layers can use this package's attention, the route is shared or packed, as the recipe
-    says. Otherwise the route is rows: each sequence goes through the model alone. The route is also
-    rows if the model's rotary embedding changes with the length. A recipe without packing uses no
-    route.
+    The route is shared or packed, as the recipe says, if the model can use it. Otherwise the route
+    is rows: each sequence goes through the model alone. The route is rows in these cases:
 
-    This package registers an attention function in transformers. Most layers call this function,
-    but layers with ALiBi or linear attention do not. The attention function refuses attention sinks
-    and masks.
+    - A layer does not call this package's attention function. Examples: ALiBi, linear attention.
+    - The attention function refuses an argument of the model. Examples: a mask, attention sinks.
+    - The model's code cannot run on packed rows.
+    - The model's rotary embedding changes with the length.
 
-    Meta tensors have no values. So ``find_route`` cannot detect that a route gives wrong values.
-    The probe detects this.
+    If ``memory.packing`` is false, the training does not use the route.
+
+    The model is on the meta device, where tensors have no values. So only the probe can detect that
+    a route gives wrong values.
 
     Raises:
         One of MODEL_CODE_ERRORS: the model cannot be built on meta.

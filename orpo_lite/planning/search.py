@@ -90,7 +90,7 @@ class MemoryPlan:
 
     @property
     def allowances(self) -> dict[str, int]:
-        """Name of an allowance, such as CUDA context -> bytes needed in addition to tensors."""
+        """Name of an allowance ("CUDA context") -> bytes that are needed in addition to tensors."""
         return self._allowances(self.measured.peak)
 
     @property
@@ -218,7 +218,7 @@ class Planner:
         return [*found, self.smallest_settings()]
 
     def smallest_settings(self) -> dict[str, Any]:
-        """Return the settings, except ``activation_checkpointing``, that need the least memory."""
+        """Return the settings that need the least memory, without ``activation_checkpointing``."""
         memory = self.recipe.memory
         smallest: dict[str, Any] = {
             "head_chunk": SMALL_CHUNK,
@@ -259,7 +259,7 @@ class Planner:
         return [kept for kept in amounts if kept < self.layers or not partly]
 
     def extrapolation(self, choice: Mapping[str, Any]) -> LayerExtrapolation:
-        """Return the extrapolation of a step's memory and time. Ignore ``embedding_on_cpu``."""
+        """Return a step's extrapolated memory and time; ``embedding_on_cpu`` has no effect."""
         known = self._extrapolations.get(_step_key(choice))
         if known is not None:
             return known
@@ -354,9 +354,9 @@ class Planner:
         return MemoryPlan(settings, budget, gpu, found, self.recipe.training.full_determinism)
 
     def plan(self, budget: int | None, gpu: Gpu | None) -> MemoryPlan:
-        """Return the fastest plan that fits the budget, measured with all layers of the model.
+        """Return the fastest plan within ``budget`` bytes. Its step is measured, not extrapolated.
 
-        If nothing fits, return the plan that needs the least memory.
+        If no plan fits, return the plan that needs the least memory.
         """
         least_kept = min(self._amounts())
         smallest = self.smallest_settings() | {"activation_checkpointing": self.layers - least_kept}
@@ -372,7 +372,7 @@ class Planner:
         return self.run(smallest, budget, gpu)
 
     def row(self, gpu: Gpu) -> GpuRow:
-        """Return a GPU's row: the fastest settings that fit, or None and :meth:`least_bytes`."""
+        """Return a GPU's row: the fastest settings that fit. If none fit: :meth:`least_bytes`."""
         settings = self.fastest_settings(gpu.memory, gpu)
         if settings is None:
             return GpuRow(gpu, None, self.least_bytes(gpu), None)
@@ -402,7 +402,7 @@ class Planner:
         return sum(allowances(step, gpu, deterministic=deterministic).values())
 
     def changes(self, budget: int, gpu: Gpu | None) -> list[Change]:
-        """Return changes of the recipe that save memory. ``fits``: this change alone is enough."""
+        """Return recipe changes that save memory. ``Change.fits``: the change alone is enough."""
         recipe, memory = self.recipe, self.recipe.memory
         settings: dict[str, Any] = {
             f"memory.{name}": "auto" for name in PLANNED_SETTINGS if getattr(memory, name) != "auto"
@@ -475,7 +475,7 @@ def fit(
 
 
 def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
-    """Return the error for a plan that does not fit. The fix lists the changes that are enough."""
+    """Return the error for a plan over budget. The fix lists each change that alone is enough."""
     found = f"at least {gib(plan.needed)} are needed, and the budget is {gib(plan.budget or 0)}"
     lines = []
     for change in changes:

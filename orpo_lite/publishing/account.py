@@ -15,8 +15,8 @@ ROLES = ("write", "contributor", "admin")  # roles in an organisation that may w
 class WrongTargetError(HubError):
     """The owner or the visibility of the requested repository is wrong.
 
-    Two attributes describe another push, which the fix suggests. ``instead`` is the name of the
-    repository, and ``is_private`` is the repository's visibility.
+    The fix suggests a repository with another owner or another visibility. ``instead`` is the name
+    of the suggested repository, and ``is_private`` is its visibility.
     """
 
     def __init__(self, *, instead: str, is_private: bool, **message: str) -> None:
@@ -55,12 +55,12 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
     """
     where = f"hub, {repository}"
     if constants.is_offline_mode():
-        found, expected = "cannot be reached: HF_HUB_OFFLINE is set", "a connection to the hub"
+        found, expected = "cannot be reached: offline mode is on", "a connection to the hub"
         raise HubError(
             where=where,
             found=found,
             expected=expected,
-            fix="unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, which has the same effect",
+            fix="unset both HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE: each of them turns it on",
         )
     if not re.match("https?://.", constants.ENDPOINT):
         found, expected = f"{constants.ENDPOINT!r} is not a URL", "https:// followed by a host name"
@@ -91,9 +91,10 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
 
 
 def find_target(repository: str, is_private: bool) -> Attempt[Target]:
-    """Ask the hub whether the account may create a repository or write to it. Change nothing.
+    """Return the repository if the account may create it or write to it. Change nothing.
 
-    HF_ENDPOINT, offline mode and token are checked by :func:`check_target`, not by this function.
+    :func:`check_target` checks HF_ENDPOINT, offline mode and the token, and then calls this
+    function.
     """
     where = f"hub, {repository}"
     account = yield from retry(where, "reading the account", _whoami)

@@ -276,9 +276,9 @@ def make_metadata(facts: Facts) -> ModelCardData:
 def licence_metadata(facts: Facts) -> dict[str, Any]:
     """Return the licence entries of the base's card, changed for the metadata of the run's card.
 
-    A relative ``license_link`` becomes a URL if the base is on the hub; otherwise, the link becomes
-    its file name. A link that leads out of the repository is removed. If the base's card has
-    ``license_name`` but no ``license``, ``license`` becomes ``other``.
+    A relative ``license_link`` becomes a URL if the base is on the hub. Otherwise, only the file
+    name in the link is kept. A link that leads out of the repository is removed. If the base's card
+    has ``license_name`` but no ``license``, ``license`` becomes ``other``.
     """
     found = dict(facts.licence)
     link = found.get("license_link", "")

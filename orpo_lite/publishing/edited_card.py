@@ -96,7 +96,7 @@ def complete_card(path: Path, own: str, options: CardOptions) -> str:
             where=where,
             found="does not begin with metadata",
             expected="metadata in YAML at the start of the file, between two lines ---",
-            fix="add the metadata, or remove the file, so that a new card is written",
+            fix="add the metadata, or remove the file (then a new card is written)",
         )
     made: dict[str, Any] = make_metadata(facts).to_dict()  # type: ignore[no-untyped-call]
     keys = ("library_name", "base_model_relation")
@@ -211,7 +211,7 @@ def _check_terms(
             raise CheckpointError(
                 where=where,
                 found=f"its metadata have {actual}",
-                expected=f"{expected}, as in the base's card: “{terms.notice}”",
+                expected=f"{expected}, as in the base's card; the licence says: “{terms.notice}”",
             )
     names = data.get("base_model", [])
     if facts.is_hub_base and base not in (names if isinstance(names, list) else [names]):

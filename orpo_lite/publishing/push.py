@@ -334,7 +334,7 @@ def _refuse_samples(path: Path, count: int) -> None:
     if count and not any(sample.source == "held-out" for sample in read_samples(path)):
         raise CheckpointError(
             where=f"run {path}",
-            found=f"has no answers to held-out prompts in {SAMPLES}",
+            found=f"{SAMPLES} has no answers to held-out prompts",
             expected="a run with held-out pairs and output.samples greater than 0",
             fix="leave --samples out",
         )

@@ -109,9 +109,10 @@ def retry(
 
 
 def run_in_thread(call: Callable[[], Result]) -> Result:
-    """Call a function in another thread, so that Ctrl-C works at once. Return its result.
+    """Call a function in another thread, and return the function's result.
 
-    In the main thread, Ctrl-C would have to wait for the threads of the hub's client.
+    So Ctrl-C works at once. If the main thread called the function, Ctrl-C would have to wait for
+    the threads of the hub's client.
     """
     pool = ThreadPoolExecutor(1)
     try:

@@ -69,8 +69,9 @@ def commit_files(
         target: the repository.
         files: name in the repository -> path or content.
         message: the commit message.
-        ours: name patterns of files that are removed from the repository if they are not in
-            ``files``. Such files are from an earlier push.
+        ours: patterns for the names of files that orpo-lite pushes. The commit removes old files
+            of an earlier push: files of the repository that match a pattern and are not in
+            ``files``.
 
     Raises:
         HubError: the hub refused the commit, or the last attempt failed.
@@ -191,7 +192,7 @@ def _create(target: Target) -> Attempt[Target]:
             raise HubError(
                 where=where,
                 found="cannot be created (409), although you can see no repository of this name",
-                expected="a name that nobody uses",
+                expected="a name that no repository has",
                 fix="use another name",
             ) from None
         return made

@@ -167,9 +167,13 @@ def answer_unknown(written: dict[str, Written]) -> Iterator[RecipeError]:
     """Remove unknown keys from ``written``, and yield an error for each unknown key.
 
     If the key is from another tool (such as TRL), the error names this package's key for the same
-    purpose, or explains why this package has no such key. Otherwise the error names the first of
-    these that exists: the key with its section (``r`` -> ``lora.r``), a similar key, a similar
-    section. If none exists, the error names all sections.
+    purpose, or explains why this package has no such key. For any other key, the error names the
+    first of these that exists:
+
+    - the key with its section: ``r`` -> ``lora.r``
+    - a similar key
+    - a similar section
+    - the list of all sections
     """
     known = {f"{section}.{key}" for section, keys in KEYS.items() for key in keys}
     batch = [f"{section}{key}" for section in ("", "training.") for key in BATCH_KEYS]

@@ -342,9 +342,9 @@ class MemorySection(Section):
         )
 
     def checkpointed(self, layers: int) -> int:
-        """Return how many of a model's ``layers`` decoder layers are checkpointed.
+        """Return the number of checkpointed layers. They are the first layers of the model.
 
-        The checkpointed layers are the first ones of the model.
+        ``layers``: the number of decoder layers of the model.
         """
         amount = self.activation_checkpointing
         if isinstance(amount, int):

@@ -28,7 +28,7 @@ def read_steps(value: object) -> float:
 
 
 def refuse_zero(value: int) -> int:
-    """Return a number of steps, or -1 (as many steps as the epochs need). Refuse 0."""
+    """Return ``value``, a number of steps; -1: as many as the epochs need. Refuse 0."""
     if value == 0:
         raise ValueError("at least one step, or -1 for as many as num_train_epochs needs")
     return value
@@ -57,10 +57,11 @@ def read_module_names(value: object) -> object:
 
 
 def read_names(value: object) -> object:
-    """Split a text with several names into a list: "a,b" or the JSON '["a", "b"]' -> ["a", "b"].
+    """Split a text with several names into a list. Return any other value unchanged.
 
-    A text without commas that is not JSON is returned unchanged. The path of an existing file or
-    folder is returned unchanged too, because a path may contain a comma.
+    "a,b" -> ["a", "b"]. The JSON list '["a", "b"]' -> ["a", "b"]. A single name "a" -> "a".
+
+    The path of an existing file or folder is a single name, even if it contains a comma.
     """
     if not isinstance(value, str) or Path(value).expanduser().exists():
         return value

@@ -94,9 +94,11 @@ _DEFAULTS: dict[str, Any] = {
 def values_at_start(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``section.key`` -> value at the start of a run.
 
-    If a key did not exist in the version of orpo-lite that made the run, the key gets its default.
-    Old versions recorded only the section lora in lock.json, or nothing. For runs of old versions,
-    all values that are not in lock.json are read from recipe.yaml.
+    The values are in lock.json. A key that is newer than the run has its default value.
+    In old runs, lock.json has only the section lora or no values at all. The missing values are
+    then read from recipe.yaml.
+
+    ``path``: the run folder. ``lock``: the content of its lock.json.
     """
     if "recipe" in lock:
         check_values(lock, {"recipe": dict}, str(path / "lock.json"))
@@ -122,8 +124,8 @@ def is_recipe_key(key: str) -> bool:
 def trained_recipe(path: Path) -> Recipe:
     """Return the recipe that a run was trained with, for commands that use the trained adapter.
 
-    If recipe.yaml was edited after the training, this function uses only the new paths of the base,
-    the data and the template. Other edits have no effect here; ``train --resume`` applies them.
+    recipe.yaml may have been edited after the training. If the base, the data or the template was
+    moved, the result has the new path. Other edits, such as a new learning rate, are ignored here.
 
     Raises:
         CheckpointError: the folder is not a run, or recipe.yaml has a new value for a key that must
@@ -169,7 +171,7 @@ def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def find_changes(path: Path, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
-    """Compare ``recipe`` with the recipe values of a run's newest step. Call this before a resume.
+    """Compare ``recipe`` with the values of a run's newest step. Call this before a resume.
 
     Returns:
         The recipe with which the run is resumed, and ``section.key`` -> new value for each changed
@@ -269,9 +271,9 @@ def record_changes(
 ) -> None:
     """Record in recipe.yaml and lock.json that a run continues after ``step`` with new values.
 
-    If the run continues from an older checkpoint, lock.json may already have changes at later
-    steps. The run repeats the steps after ``step`` with the values of these changes. So these
-    changes move to ``step``. Example for step 100: a change after step 200 -> after step 100.
+    If the run continues from an older checkpoint, lock.json may hold changes after later steps. The
+    run continues with the new values of these changes, so each of these changes moves to ``step``.
+    Example with ``step`` 100: change after step 200 -> change after step 100.
 
     recipe.yaml is written first. If the process is killed before lock.json is written, the next
     resume finds the change in recipe.yaml.

@@ -122,7 +122,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and its answers before, during and after a training, without special tokens."""
+    """A prompt, and its answers before, during and after a training.
+
+    The answers have no special tokens.
+    """
 
     source: str
     """Where the prompt is from: "neutral" (a fixed prompt of ours) or "held-out" (the data)."""

@@ -115,9 +115,8 @@ def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
     """Turn errors that torch raises inside the ``with`` block into errors with a fix.
 
     If ``training.full_determinism`` is set, only deterministic kernels run inside the block. An
-    operation without a deterministic kernel raises an error. torch also has an option that only
-    warns. This option is not used, because FlashAttention's backward pass is non-deterministic with
-    this option (torch, Context.h).
+    operation without a deterministic kernel raises an error. torch's option ``warn_only`` is not
+    used: it would make FlashAttention's backward pass non-deterministic (torch, Context.h).
     """
     deterministic = recipe.training.full_determinism
     if deterministic:

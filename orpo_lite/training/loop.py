@@ -61,8 +61,8 @@ def train_steps(
         if is_exhausted(session.recipe, state):
             yield Update(
                 "note",
-                "stopped early: training.early_stopping_patience is reached (evaluations in a row "
-                f"without a lower held-out loss: {state.worse_in_a_row})",
+                "stopped early by training.early_stopping_patience. Evaluations in a row without a "
+                f"new lowest held-out loss: {state.worse_in_a_row}",
             )
             return
         batch = session.batch(state.step)

@@ -127,7 +127,7 @@ def load_session(
                 text=f"end other programs that use the GPU (nvidia-smi lists them), then: {line}",
             ),
         ) from error
-    yield Update("stage", "comparing the fast step with the model's own code")
+    yield Update("stage", "comparing orpo-lite's code with the model's own code")
     if not recipe.memory.packing:
         probe_operations(pair_model)
     else:
@@ -190,9 +190,11 @@ def restore_session(
 ) -> Generator[Update, None, TrainState]:
     """Load the newest valid checkpoint. Yield notes; return the state.
 
-    If the run has no checkpoint, the state is new. If a step was out of memory, the run changed
-    ``memory`` settings. These changes are applied again, except for settings in ``changed``: a
-    person has set the settings in ``changed`` for the resumed run.
+    If the run has no checkpoint, the state is new. If a step ran out of memory, the run reduced
+    some ``memory`` settings. The checkpoint stores the reduced values. The reduced values are used
+    again, except for the settings in ``changed``.
+
+    ``changed``: ``section.key`` -> value of each setting that the person set when resuming.
 
     Raises:
         CheckpointError: the run has checkpoints, but none is valid.

@@ -92,9 +92,9 @@ def accumulate(
 ) -> list[float]:
     """Add the gradients of all micro-batches of an optimizer step to the parameters' ``grad``.
 
-    ``batch`` holds the pairs of the whole step. Each process computes a share of these pairs. Each
-    loss is divided by the divisors of the whole step, so the losses and gradients of the
-    micro-batches add up to the step's loss and gradient.
+    ``batch`` holds the pairs of the whole step. Each process computes a share of these pairs. The
+    loss of a micro-batch is divided by the numbers of pairs and tokens of the whole step. So the
+    gradients of the micro-batches add up to the step's gradient.
 
     Returns:
         The objective's ``parts`` of the step, summed over micro-batches and processes.
@@ -163,9 +163,9 @@ def update(
     """Clip the gradients. If loss and gradients are finite, take the optimizer's step.
 
     Returns:
-        The norm of the gradients before clipping, and True if loss and gradients were finite. If
-        only the scaled float16 loss overflows, the second value is also True: the scaler skips
-        the step and lowers its scale.
+        (norm, finite). ``norm``: the norm of the gradients before clipping. ``finite``: False if
+        the loss or the gradients were not finite. Exception: with float16, the scaled loss can
+        overflow. The scaler then skips the step and lowers its scale, and ``finite`` is True.
     """
     scaler.unscale_(optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))

@@ -92,10 +92,10 @@ class Trackers:
     def start(self, state: TrainState, *, resumed: bool) -> Iterator[Update]:
         """Start the trackers. Yield a note for each tracker: how to open it, or why it failed.
 
-        If the training is ``resumed`` after ``state.step``, each tracker keeps its old values and
-        adds the new values. Only tensorboard first deletes the values of ``state.step`` and of
-        later steps. The training does not repeat ``state.step``. So the rows of ``state.step`` in
-        metrics.jsonl are logged to tensorboard again.
+        Args:
+            state: the state of the training; ``state.step`` is the last finished step.
+            resumed: True if the training is resumed. Then the trackers keep their old values.
+                tensorboard deletes the values of steps after ``state.step``.
         """
         config = {
             key: value if isinstance(value, bool | int | float | str) else to_text(value)
@@ -113,6 +113,7 @@ class Trackers:
                 yield Update("note", f"{name}: {self._place(name)}")
             except Exception as error:
                 yield self._drop(name, error)
+        # tensorboard deleted the values of state.step too. The training does not repeat this step.
         if resumed and "tensorboard" in self._active:
             for row in read_metrics(self._path):
                 if row["step"] == state.step:

@@ -376,7 +376,7 @@ def test_a_matrix_that_the_model_reads_by_itself_is_not_adapted(
     if given:
         folder = write_adapter(workspace / "given", target_modules=["dt_proj", "q_proj"])
         with pytest.raises(
-            ModelError, match="dt_proj is adapted, but the model's code reads its matrix directly"
+            ModelError, match="dt_proj is adapted, but the model's code reads the weight of this"
         ):
             train_all(small_recipe(f"model.adapter_name_or_path={folder}"))
         return

@@ -420,7 +420,7 @@ def test_a_model_that_changes_its_weights_is_refused_with_what_keeps_them(every:
 
 def test_a_model_that_sees_what_comes_after_is_refused() -> None:
     bert = hf.BertConfig(**(SIZES | IDS), is_decoder=False)
-    with pytest.raises(ModelError, match="its tokens see later tokens"):
+    with pytest.raises(ModelError, match="its logits at a token depend on later tokens"):
         probe(adapted(lambda: hf.BertLMHeadModel(bert)), 128)
 
 

@@ -698,7 +698,7 @@ def test_a_plan_that_fits_no_more_is_made_anew_and_said(
     assert [
         note
         for note in notes(updates)
-        if note.startswith("the plan made when the run started does not fit any more")
+        if note.startswith("the earlier plan of this run exceeds the budget")
     ]
     after = read_json(Path("run") / "plan.json")
     assert after["needed_bytes"] <= smaller
@@ -707,9 +707,7 @@ def test_a_plan_that_fits_no_more_is_made_anew_and_said(
     assert [
         note
         for note in notes(updates)
-        if note.startswith(
-            "the plan made when the run started has other memory settings than the recipe"
-        )
+        if note.startswith("the earlier plan of this run has other memory settings than the recipe")
     ]
     assert read_json(Path("run") / "plan.json")["budget_bytes"] == 40 * 2**20
 

@@ -534,7 +534,7 @@ def test_a_changed_card_keeps_the_line_that_its_base_asks_for(tmp_path: Path) ->
         (
             "license: llama3.2",
             "license: apache-2.0",
-            "license: llama3.2, as in the base's card: “Llama 3.2 is",
+            "license: llama3.2, as in the base's card; the licence says: “Llama 3.2 is",
         ),
         ("license: llama3.2\n", "", "license: llama3.2, as in the base's card"),
         (

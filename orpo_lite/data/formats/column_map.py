@@ -52,7 +52,7 @@ def _first_present(names: Sequence[str], columns: Collection[str]) -> str | None
 def source_columns(
     column_map: Mapping[str, Sequence[str]], rows: Sequence[Row]
 ) -> dict[str, list[str]]:
-    """Return the columns that are read from these rows: standard name -> columns.
+    """Return the columns that ``column_map`` selects in ``rows``: standard name -> columns.
 
     A standard name has several columns if the files of a folder use different names for it.
     """
@@ -64,9 +64,11 @@ def source_columns(
 
 
 def present_columns(data: DataSection, rows: Sequence[Row]) -> dict[str, str]:
-    """Return the entries of data.column_map that fit these rows: standard name -> column.
+    """Return the columns of data.column_map that the rows have: {standard name: column}.
 
-    An entry fits if at least one of its columns is in the rows. The first such column is returned.
+    If an entry names several columns, the first one that the rows have is returned. If the rows
+    have none of them, the entry is left out. Example: the entry is prompt: [question, query], and
+    the rows have only the column query -> {"prompt": "query"}.
     """
     columns = {key for row in rows for key in row}
     firsts = {ours: _first_present(names, columns) for ours, names in data.columns.items()}
@@ -84,9 +86,10 @@ def missing_columns(data: DataSection, rows: Sequence[Row]) -> set[str]:
 
 
 def first_rows_with(source: Source, missing: set[str], max_samples: int | None) -> list[Row]:
-    """Return the rows in which a column of ``missing`` appears for the first time.
+    """Return rows: for each column in ``missing``, the first row that has this column.
 
-    Only the first ``max_samples`` rows are searched (None: all rows).
+    If a row is the first one for several columns, the row is returned once. Only the first
+    ``max_samples`` rows are searched (None: all rows).
     """
     columns = source.columns() if missing else None
     if columns is not None:
@@ -174,7 +177,7 @@ def _refuse_names(
 
 
 def column_map_setting(columns: Mapping[str, Sequence[str]]) -> Overrides:
-    """Return a data.column_map setting with these columns, quoted for a shell.
+    """Return a data.column_map setting for ``columns``, quoted for a shell.
 
     The value has the short form chosen=good,rejected=bad. If a column's name does not fit in this
     form, for example because it contains a comma, the value is a YAML mapping.

@@ -1,8 +1,8 @@
 """Find the value type of each column, and the columns that hold the prompt, the replies and so on.
 
 Only the first rows of a dataset are examined. A column's type is the most frequent type of its
-values; empty values do not count. A column may have another name than in ``COLUMNS``: question for
-prompt. If columns for one name differ, an error lists the data.column_map settings to choose from.
+values; empty values do not count. The prompt may be in a column of another name, such as question.
+If several columns fit and their values differ, an error lists data.column_map settings.
 """
 
 import re
@@ -184,7 +184,8 @@ class ColumnProfile:
     def holds_labels(self, column: str) -> bool:
         """Return whether the column holds labels, such as verdicts or topics, and no replies.
 
-        Labels are single words: column names, model_a, model_b, tie, or words with mean count >= 2.
+        Each label is one word. Either each label is model_a, model_b, tie or a column's name. Or
+        the column has at least MIN_ROWS labels, and each occurs at least twice on average.
         """
         if self.type_of(column) not in TEXTS:
             return False
@@ -197,12 +198,12 @@ class ColumnProfile:
         return len(texts) >= MIN_ROWS and len(set(texts)) <= len(texts) / 2
 
     def columns_named(self, *names: str) -> list[str]:
-        """Return columns with these names (by :func:`plain_name`), else :attr:`reply_columns`."""
+        """Return columns with :func:`plain_name` in ``names``, else from :attr:`reply_columns`."""
         found = [column for name in names for column in self.columns if plain_name(column) == name]
         return found or [self.reply_columns[name] for name in names if name in self.reply_columns]
 
     def column_named(self, name: str) -> str:
-        """Return ``name`` if it is a column or :meth:`columns_named` is empty; else its first."""
+        """Return ``name`` if it is a column, else the first of ``columns_named``, else ``name``."""
         if name in self.types:
             return name
         found = self.columns_named(name)
@@ -246,7 +247,7 @@ class ColumnProfile:
         return found in (LISTS if expected in LISTS else (expected,))
 
     def share(self, test: Callable[..., bool], *columns: str) -> float:
-        """Return the share of rows whose values pass the test. Empty values are ignored."""
+        """Return the share of rows of :meth:`values` that pass ``test``; 0 if there are none."""
         values = self.values(*columns)
         return sum(bool(test(*row)) for row in values) / len(values) if values else 0.0
 
@@ -350,16 +351,16 @@ class ColumnProfile:
             setting = self.settings("prompt", raw)
             raise DataError(
                 where="data.column_map",
-                found=f"{columns_hold(*templated)} earlier turns as one text, which is not read",
+                found=f"{columns_hold(*templated)} earlier turns as text: this form is not read",
                 expected="messages, or pairs [user, assistant]",
-                fix=reworded(setting, f"write it as messages, or {setting} to leave it out"),
+                fix=reworded(setting, f"write turns as messages, or {setting} to leave them out"),
             )
         refuse_templated(self, [*templated, *replies], () if replies else raw)
 
     def setting(self, **columns: str) -> Overrides:
         """Return a data.column_map setting: ``setting(prompt="question")`` -> prompt=question.
 
-        Current entries of data.column_map are kept if they do not conflict with ``columns``.
+        ``columns``: the new entries. An old entry is kept unless a new entry conflicts with it.
         """
         theirs = {ours: self.mapped.get(column, column) for ours, column in columns.items()}
         replaced = set(theirs)
@@ -377,13 +378,13 @@ class ColumnProfile:
         return column_map_setting({**self.others, **lists})
 
     def settings(self, canonical: str, columns: Iterable[str]) -> str:
-        """Return settings joined by "or". Each setting reads one column as ``canonical``."""
+        """Return one setting for each column: "prompt", ["a", "b"] -> prompt=a or prompt=b."""
         return one_of(self.setting(**{canonical: column}) for column in columns)
 
     # --- convert rows for their reader
 
     def replies_are_json(self) -> bool:
-        """Return whether replies are JSON texts with messages, although the prompt is a text."""
+        """Return whether the prompt is a text, but the replies are JSON texts with messages."""
         columns = [self.column_named(reply) for reply in REPLIES]
         if not all(isinstance(row.get(column), str) for row in self.raw for column in columns):
             return False
@@ -393,7 +394,7 @@ class ColumnProfile:
         """Return a copy of the row with the standard names as keys. JSON texts become lists.
 
         An optional name, such as system, is left out if no column was assigned to this name. Raises
-        RowError for a value of a wrong type that would be misread, and for an unclear verdict.
+        RowError if a value cannot be read as its column's type, or a verdict has no known meaning.
         """
         row = {
             **self._normalized(row),
@@ -474,9 +475,9 @@ def _verdict_error(row: Row, where: str, column: str) -> DataError:
 def refuse_templated(
     profile: ColumnProfile, names: Sequence[str], raw: Sequence[str] = ()
 ) -> NoReturn:
-    """Raise DataError for columns whose texts already have a chat template applied.
+    """Raise DataError, because the columns ``names`` already have a chat template applied.
 
-    ``raw``: columns that hold the prompt without template markers.
+    ``raw``: columns without template markers. The fix may suggest them as the prompt.
     """
     columns = [profile.column_named(profile.assigned.get(name, name)) for name in names]
     values = [value for column in columns for (value,) in profile.values(column)]

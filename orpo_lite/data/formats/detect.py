@@ -84,16 +84,16 @@ def detect_format(
     plain: bool = False,
     others: Mapping[str, Sequence[str]] = {},
 ) -> Detected:
-    """Return the format of the first rows, detected from the content of their columns.
+    """Return the format of the first rows: ``name``, or the detected format if ``name`` is auto.
 
     This function does not report a row that differs from the other rows. The reader reports it.
 
     Args:
         rows: the first rows, after data.column_map was applied.
         name: data.format: a key of READERS, or auto. The columns are detected in both cases.
-        mapped: data.column_map for these rows: standard name -> the only column that may have it.
+        mapped: data.column_map for these rows: standard name -> the column that is read for it.
         plain: True if data.chat_template is none. Otherwise, texts must not have template markers.
-        others: entries of data.column_map for other datasets. A new column_map must keep these.
+        others: data.column_map for other datasets. A new data.column_map in a fix includes it.
 
     Raises DataError if no format fits, if the rows can be read in two ways, or if a chat template
     was already applied to the texts. The error names the setting to use.
@@ -187,8 +187,8 @@ def _is_doubled(profile: ColumnProfile, name: str, read: Reader) -> bool:
             fix = Overrides({"data.format": "doubled"}, f" to remove the prompt, or {fix}")
         raise DataError(
             where="data.format",
-            found=f"{shares}begin with the prompt again in the first {len(rests)} rows",
-            expected="replies that begin with the prompt in all rows or in none",
+            found=f"{len(rests)} rows checked: {shares}begin with the prompt",
+            expected="the prompt at the start of all replies, or of none",
             fix=fix,
         )
     return both >= NEARLY_ALL
@@ -487,7 +487,7 @@ def _find_prompt(profile: ColumnProfile) -> tuple[str, str] | None:
         setting = profile.setting(conversation=conversation)
         raise DataError(
             where="data.column_map",
-            found=f"{columns} could each be what the replies answer, but they differ",
+            found=f"each of {columns} could hold the prompt, but the columns have different texts",
             expected="one column with the conversation or the prompt",
             fix=one_of([setting, profile.settings("prompt", rivals)]),
         )

@@ -64,9 +64,10 @@ NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, res
 
 
 def names_better(column: str) -> bool:
-    """Return whether a column with this name should say in each row which answer is better.
+    """Return whether a column seems to name the better answer of each row.
 
-    ``winner`` -> True, ``loser`` -> False, ``best_0`` -> False (this column is about one answer).
+    Only the column's name is examined. ``winner`` -> True. ``loser`` -> False: the column names the
+    worse answer. ``best_0`` -> False: the column is about one answer.
     """
     found = set(words(column))
     denied = found & (SIDE_WORDS["rejected"] | DOUBT_WORDS | SCORE_WORDS)
@@ -102,9 +103,9 @@ def is_reply(column: str) -> bool:
 
 
 def is_answer(column: str) -> bool:
-    """Return whether a column's name is an answer with a number or letter: ``response_1``.
+    """Return whether a column's name is the name of a numbered answer: ``response_1`` -> True.
 
-    The number is 0, 1 or 2, or the letter is a or b.
+    Such a name contains a word such as response, and ends with 0, 1, 2, a or b.
     """
     match = NUMBERED.fullmatch(column)
     return match is not None and any(word in match[1].lower() for word in ANSWER_WORDS)

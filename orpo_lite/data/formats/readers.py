@@ -108,9 +108,9 @@ def read_hh_rlhf(row: Row, where: str) -> Pair:
 
 
 def read_doubled(row: Row, where: str) -> Pair:
-    """Read a row in which the texts chosen and rejected begin with the prompt again.
+    """Read a row whose texts chosen and rejected repeat the prompt at their start.
 
-    The repeated prompt is removed from each reply that begins with it.
+    The repeated prompt is removed from each reply that begins with the prompt.
     """
     return without_repeated_prompt(read_pair(row, where))
 
@@ -179,10 +179,10 @@ READERS: dict[str, Reader] = {
 
 
 def pair_without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
-    """Return an empty pair if a reply in the row is null; None for other rows.
+    """Return None if no reply in the row is null. Otherwise return a pair that will be dropped.
 
-    ``drop`` of the pair is the reason to drop the row. ``fields``: the columns of chosen and
-    rejected, or one column that holds both replies. An empty csv cell is null.
+    Its ``drop`` is the reason. ``fields``: the columns chosen and rejected, or one column that
+    holds both replies. An empty cell of a csv file is null.
     """
     for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=False):
         if field in row and row[field] is None:
@@ -219,7 +219,7 @@ def without_repeated_prompt(pair: Pair) -> Pair:
 
 
 def texts_after_prompt(pair: Pair) -> list[str | None]:
-    """Return [rest of chosen, rest of rejected]: the reply without the prompt that it repeats.
+    """Return [rest of chosen, rest of rejected]: the replies without the repeated prompt.
 
     A reply may begin with the whole prompt, or with only the last turns of the prompt. For any
     other reply, the rest is None.

@@ -87,13 +87,13 @@ def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
         setting = profile.setting(ranks=ranks)
         raise DataError(
             where="data.column_map",
-            found=f"the numbers in {join_names(ranks)} count from 0: they may be ranks of "
-            f"{join_names(completions)}, or indices of them, best first",
+            found=f"the numbers in {join_names(ranks)} count from 0: they may be the ranks of the "
+            f"answers in {join_names(completions)}, or the indices of these answers, best first",
             expected="ranks that count from 1",
             fix=reworded(
                 setting,
-                f"{setting} if these are ranks and the lowest is the best; if they are indices, "
-                "convert them to ranks",
+                f"{setting} if the numbers are ranks and the lowest rank is the best; if the "
+                "numbers are indices, convert the indices to ranks",
             ),
         )
 
@@ -117,8 +117,8 @@ def refuse_ranking(
     raise DataError(
         where="data.column_map",
         found=f"{join_names(completions)} holds {found}: it is not clear which answer is the best",
-        expected=f"answers that each have one of the keys {', '.join(MEASURES)}; or texts, and one "
-        "other column with their scores or ranks",
+        expected=f"answers with one of the keys {', '.join(MEASURES)}; or answers that are texts, "
+        "and one other column with the scores or ranks of the answers",
         fix=one_of(settings) or f"no setting helps: {WRITE_PAIRS}",
     )
 

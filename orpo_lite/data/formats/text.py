@@ -67,8 +67,9 @@ def read_dialogue_prompt(row: Row, where: str) -> tuple[tuple[Message, ...], str
 def split_dialogue(row: Row, field: str, where: str) -> tuple[str, tuple[Message, ...], str]:
     """Split a dialogue after its last assistant marker.
 
-    Returns the text up to the end of this marker, the turns in that text, and the reply after it.
-    Raises RowError if the text is not a dialogue, or if its last turn is the human's.
+    Returns the text up to and including the marker, the turns before the marker, and the reply
+    after the marker. Raises RowError if the text is not a dialogue, or if its last turn is the
+    human's.
     """
     text = _plain_ends(text_of(row, field, where))
     head, marker, reply = text.rpartition(ASSISTANT_MARKER)
@@ -119,9 +120,9 @@ def text_after(prompt: str, text: str) -> str | None:
 
 
 def begins_with(words: str, text: str) -> bool:
-    """Return whether ``text`` begins with ``words``. The match must not end within a word.
+    """Return whether ``text`` begins with ``words``, followed by white space or nothing.
 
-    ("a b", "a b c") -> True; ("a b", "a bc") -> False.
+    For the words "a b": text "a b c" -> True, text "a bc" -> False.
     """
     end = text_after(words, text)
     return end is not None and not end[:1].strip()

@@ -50,7 +50,7 @@ ADDITIONS = ("input", "context", "history")
 
 
 def refuse_unused(profile: ColumnProfile, name: str, *, requested: bool) -> None:
-    """Raise DataError for an unread column if its content belongs before the reply.
+    """Raise DataError if a column seems to be part of the prompt, but is not read.
 
     The error lists the settings to choose from.
 
@@ -82,7 +82,7 @@ def _refuse_wrong_types(profile: ColumnProfile, name: str, *, is_decided: bool) 
             leave = f"{without} to leave it out"
         raise DataError(
             where="data.column_map",
-            found=f"{join_names(column)} holds {profile.type_of(column)}, which is not read",
+            found=f"{join_names(column)} holds {profile.type_of(column)}: this type cannot be read",
             expected=expected,
             fix=reworded(without, f"{leave}, or write it as {expected}"),
         )
@@ -110,8 +110,8 @@ def _refuse_prompts(profile: ColumnProfile, name: str, *, is_decided: bool) -> N
         counts = f"{found.count(False)} of {len(found)} rows"
         raise DataError(
             where="data.column_map",
-            found=f"the text in {join_names(*group)} is missing in the conversations of {counts}",
-            expected="conversations that contain their prompt",
+            found=f"in {counts}, no conversation contains the text in {join_names(*group)}",
+            expected="conversations that contain this text",
             fix=fix,
         )
 
@@ -192,7 +192,7 @@ def _refuse_turns(profile: ColumnProfile, name: str) -> None:
             raise DataError(
                 where="data.column_map",
                 found=f"{join_names(column)} is not read, but holds turns that no other column has",
-                expected="all turns before the reply in columns that are read",
+                expected="a column that is read, for each turn before the reply",
                 fix=reworded(front or without, f"{first}, or {second}"),
             )
 

@@ -107,10 +107,10 @@ def is_blank(value: Any) -> bool:
 
 
 def unpack_json(value: Any, column: str = "") -> Any:
-    """Parse the text of a list or of messages: "[1, 2]" -> [1, 2].
+    """Parse a text that contains a list or messages: "[1, 2]" -> [1, 2].
 
-    The text is JSON, or was printed by Python: "['a']". Example: a cell of a csv table.
-    Any other value is returned unchanged.
+    The text is JSON, or Python has printed it: "['a']" -> ["a"]. For example, a cell of a csv table
+    contains such a text. Any other value is returned unchanged.
     """
     parsed = normalize(_parsed(value), column)
     if isinstance(parsed, list) and all(isinstance(item, Mapping) for item in parsed):
@@ -285,8 +285,9 @@ def is_templated(value: Any) -> bool:
 def begins_templated(value: Any) -> bool:
     """Return whether a text in a value looks like the output of a chat template.
 
-    Such a text begins with a template's marker, has a template's turns, or ends with the marker
-    that comes before a reply.
+    Such a text has a template's marker at its start, the markers of several turns, or the marker
+    of a reply at its end: "Hi<|assistant|>" -> True. A marker that ends a reply is not enough:
+    "Yes.<|im_end|>" -> False. For this text, :func:`is_templated` returns True.
     """
     return any(_begins_templated(text) and not is_dialogue(text) for text in texts_in(value))
 

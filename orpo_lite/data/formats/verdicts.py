@@ -88,7 +88,7 @@ def refuse_labels(profile: ColumnProfile) -> None:
     named_answers = {"response_a": answers[0], "response_b": answers[1]}
     raise DataError(
         where="data.column_map",
-        found=f"{join_names(*columns)} hold no replies, only names of {join_names(*answers)}",
+        found=f"{join_names(*columns)} hold labels; the replies are in {join_names(*answers)}",
         expected="the better reply in chosen, and the worse reply in rejected",
         fix=profile.setting(**{} if is_answer(answers[0]) else named_answers, better=columns[0]),
     )
@@ -205,7 +205,8 @@ def _refuse_values(profile: ColumnProfile, column: str, answers: tuple[str, str]
     raise DataError(
         where="data.column_map",
         found=f"{theirs} should say which of {join_names(*names)} is better, but holds {held}",
-        expected=f"a or {names[0]} for the first, b or {names[1]} for the second, or tie",
+        expected=f"a or {names[0]} if {names[0]} is better; b or {names[1]} if {names[1]} is "
+        "better; or tie",
         fix=f"no setting helps: write the expected values into {theirs}, or {WRITE_PAIRS}",
     )
 
@@ -240,10 +241,10 @@ def _refuse_unsigned(profile: ColumnProfile, column: str, answers: tuple[str, st
         where="data.column_map",
         found=f"{join_names(column)} is never below 0: it may say how strongly an answer is "
         f"preferred, or which of {join_names(*answers)} is better",
-        expected="strengths both below and above 0",
+        expected="some strengths below 0, and some above 0",
         fix=reworded(
             strength,
-            f"{strength} if the column says how strongly a reply is preferred, or {number} if it "
-            "holds the number of the better reply",
+            f"{strength} if the column holds strengths, or {number} if the column holds the number "
+            "of the better answer",
         ),
     )

@@ -36,7 +36,7 @@ def arrow_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
                 fault = RowError(
                     where=f"{where}, field {field.name}",
                     found="broken JSON in a column of type JSON",
-                    expected="JSON with each key only once in an object",
+                    expected="valid JSON, with each key only once in an object",
                     fix="correct or remove the row",
                 )
                 faults.append(fault)

@@ -45,10 +45,11 @@ def refuse_lookalikes(file: File) -> None:
 
 
 def decode(line: bytes, file: File, where: str) -> str:
-    """Return the text of a line in UTF-8.
+    """Return the text of a line of bytes. The line must be in UTF-8.
 
-    Raises DataError for other encodings. The error shows a word of the line, decoded with each
-    likely encoding.
+    Raises DataError if the line is not in UTF-8. If the whole file seems to have another encoding,
+    the error names up to three likely encodings. Next to each encoding, the error shows a word of
+    the line as this encoding reads it.
     """
     try:
         return line.decode()

@@ -21,14 +21,19 @@ from orpo_lite.errors import DataError, Overrides
 
 
 def find_source(name: str, split: str, config: str | None, key: str = TRAIN_SPLIT) -> Source:
-    """Return the source of one split of the dataset ``name``.
+    """Return the source of one split of a dataset.
 
-    ``split``: "auto" selects a preference split such as train_prefs, else train or training, else
-    the only split.
-    ``key``: the recipe key of ``split``. Errors name this key in their fix.
+    Args:
+        name: a file, a folder or a dataset on the hub.
+        split: the name of the split. "auto" selects a preference split such as train_prefs, else
+            train or training, else the only split.
+        config: the configuration of a hub dataset, or None.
+        key: the recipe key that a person must change for another split, such as
+            data.dataset_test_split. Error messages show it.
 
-    Raises DataError if a file or folder is missing or has no such split, and HubError if a hub
-    dataset cannot be loaded or has no such split.
+    Raises:
+        DataError: the file or folder is missing, or has no such split.
+        HubError: the hub dataset cannot be loaded, or has no such split.
     """
     if is_local(name):
         return find_files(name, split, key)
@@ -37,12 +42,14 @@ def find_source(name: str, split: str, config: str | None, key: str = TRAIN_SPLI
 
 
 def with_unique_labels(sources: Sequence[Source]) -> list[Source]:
-    """Return the sources with a unique label for each file and split.
+    """Return the sources with a unique label for each file and for each split of a hub dataset.
 
-    The place of a row begins with a label: the place a.csv:3 has the label a.csv. If two files have
-    the same label, all files get new labels: their paths in the folder that contains all files,
-    such as train/a.csv. If two splits of hub datasets have the same label, all splits get new
-    labels: dataset and split, such as org/data/train.
+    Messages name a row by a label and a number, such as a.csv:3.
+
+    If two files have the same label, all files get longer labels: a.csv -> train/a.csv. The new
+    label is the path relative to the folder that contains all files.
+
+    If two splits have the same label, all splits get longer labels: train -> org/data/train.
     """
     paths: dict[str, str] = {}
     splits: dict[str, str] = {}

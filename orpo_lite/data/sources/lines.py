@@ -105,9 +105,12 @@ def stem(name: str) -> str:
 
 
 def conversion_command(file: File, program: str, suffix: str) -> Command:
-    """Return a fix: a shell command that converts a file with ``program``.
+    """Return a fix: a shell command that converts a file and writes the result to a new file.
 
-    The command writes the output of ``program`` to a new file. ``suffix``: the new file's suffix.
+    Args:
+        file: the file to convert. A compressed file is unpacked first.
+        program: the shell command that converts the text, such as ``jq -c .``.
+        suffix: the suffix of the new file, such as ``.lines.jsonl``.
     """
     old = shlex.quote(str(file.path))
     new = shlex.quote(str(file.path.with_name(stem(file.path.name) + suffix)))
@@ -117,7 +120,7 @@ def conversion_command(file: File, program: str, suffix: str) -> Command:
 
 
 def lines(file: File, faults: list[DataError]) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, bytes) of each line.
+    """Yield (line number, line) for each line. The line is bytes and includes its line end.
 
     A line over MAX_ROW_BYTES is not yielded. An error for this line is added to ``faults``.
     """

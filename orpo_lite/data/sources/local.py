@@ -69,14 +69,13 @@ class LocalSource(Source):
 
 
 def find_files(name: str, split: str, key: str) -> LocalSource:
-    """Return the source of a split of local files.
+    """Return a source that reads the local files of a split.
 
     Args:
-        name: a file, a folder or a pattern.
-        split: auto, or the name of a split. In a folder, only files of this split are read. For a
-            pattern, all files are read if the split is auto or train. If ``name`` is a file,
-            ``split`` is ignored.
-        key: the setting that names the split, for the fixes of errors.
+        name: a file, a folder or a pattern such as ``data/*.jsonl``.
+        split: the name of a split. "auto": the training split. If ``name`` is a file, the split has
+            no effect. If ``name`` is a pattern, "auto" and "train" select all matching files.
+        key: the recipe key of ``split``. Errors name this key in their fix.
 
     Raises DataError.
     """
@@ -302,9 +301,9 @@ def _missing(path: Path, similar: Sequence[str], expected: str = "a file or fold
 
 
 def path_settings(path: Path, names: Sequence[str]) -> str:
-    """Return a fix: one data.dataset_name setting for each of ``names``, joined by "or".
+    """Return a fix that suggests the files ``names`` in the folder of ``path``.
 
-    ``names``: names of files in the folder of ``path``.
+    x/old.csv, ["a.csv", "b.csv"] -> data.dataset_name=x/a.csv or data.dataset_name=x/b.csv.
     """
     return one_of(dataset_name_setting([str(path.with_name(name))]) for name in names)
 

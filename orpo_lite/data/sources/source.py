@@ -40,10 +40,13 @@ class Source(ABC):
 
     @abstractmethod
     def with_labels(self, labels: Mapping[str, str]) -> Source:
-        """Return the source with new labels. The place of a row begins with a label.
+        """Return the source with new labels.
 
-        Example: the label a.csv -> the place a.csv:3. ``labels`` maps a key to a label. The key is
-        the path of a file, or ``dataset/split`` for a hub dataset.
+        Messages name a row by a label and a number: a.csv:3 is a row of the file with the label
+        a.csv.
+
+        Args:
+            labels: path of a file, or ``dataset/split`` for a hub dataset -> its new label.
         """
 
     @abstractmethod
@@ -67,9 +70,10 @@ class Source(ABC):
 
 
 def dataset_name_setting(names: Sequence[str]) -> Overrides:
-    """Return a setting that gives data.dataset_name the value ``names``.
+    """Return a fix that sets data.dataset_name to ``names``.
 
-    The setting's text is quoted for a shell: a, b c -> ``'data.dataset_name=a,b c'``.
+    The text of the fix is quoted for a shell. The names "a" and "b c" give the text
+    ``'data.dataset_name=a,b c'``.
     """
     value = ",".join(names)
     if any(set(name) & set(",[]'\"") for name in names):
@@ -160,7 +164,10 @@ def split_note(split: str, names: Sequence[str]) -> str:
 
 
 def noted_split(note: str) -> str | None:
-    """Return the held-out split that a :func:`split_note` names; None if no split is named."""
+    """Return the held-out split that a source's note names; None if the note names none.
+
+    :func:`split_note` writes the name: "data.dataset_test_split=test would use" -> ``test``.
+    """
     found = re.search(rf"{TEST_SPLIT}=(\S+) would use", note)
     return found[1] if found else None
 

@@ -81,7 +81,9 @@ def test_a_verdict_that_is_not_understood_is_shown(verdicts: list[Any]) -> None:
     assert raised.value.found.startswith(
         f"Winner should say which of gpt and claude_2 is better, but holds {held}"
     )
-    assert raised.value.expected == "a or gpt for the first, b or claude_2 for the second, or tie"
+    assert raised.value.expected == (
+        "a or gpt if gpt is better; b or claude_2 if claude_2 is better; or tie"
+    )
 
 
 def test_a_verdict_that_is_a_text_is_not_shown() -> None:
