@@ -14,8 +14,10 @@ from orpo_lite.recipe.schema import LoraSection, Recipe
 from orpo_lite.recipe.text import to_text
 
 
-def find_adapter(name: str) -> Path:
+def find_adapter(name: str, key: str = "model.adapter_name_or_path") -> Path:
     """Return the folder of a LoRA adapter. Download it if ``name`` is not a folder.
+
+    ``key``: the setting that names the adapter, for error messages.
 
     Raises:
         ModelError: the folder holds no peft adapter in safetensors format.
@@ -26,7 +28,7 @@ def find_adapter(name: str) -> Path:
     for file in ADAPTER:
         if not (folder / file).is_file():
             raise ModelError(
-                where=f"model.adapter_name_or_path: {name}",
+                where=f"{key}: {name}",
                 found=f"has no {file}",
                 expected="a peft LoRA adapter in safetensors",
             )

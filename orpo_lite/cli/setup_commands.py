@@ -139,7 +139,7 @@ def recipes_ls() -> None:
     """List the shipped recipes, with the GPU that each needs according to its plan."""
     from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
 
-    rows = [("recipe", "base", "beta", "GPU", "what for")]
+    rows = [("recipe", "base", "loss", "beta", "GPU", "what for")]
     sizes = gpu_sizes()
     for name, path in shipped_recipes().items():
         recipe = load_recipe(name)
@@ -148,6 +148,7 @@ def recipes_ls() -> None:
             (
                 name,
                 recipe.model.model_name_or_path,
+                recipe.loss.type,
                 f"{recipe.loss.beta:g}",
                 sizes.get(name, "?"),
                 headline,

@@ -41,6 +41,8 @@ authors' experience, and Figs 7 and 9 of the paper: λ = 1 sinks both, λ = 0.1 
 STRONG_BETA = 0.1
 """According to the authors, this λ keeps the log-probs close to their start. The paper trains
 Mistral with it."""
+NLL_WEIGHTS = {"dpo": "loss.rpo_alpha", "simpo": "loss.cpo_alpha"}
+"""Objective without an NLL -> the setting that adds it (arXiv 2404.19733 for DPO)."""
 FLAT_LOSS = 0.01
 """A loss that falls by less than this (relative) counts as not fallen. OURS."""
 FLAT_ODDS = 0.02
@@ -96,7 +98,10 @@ class Curves:
         settings: Mapping[str, Any],
         data: Mapping[str, Any] | None = None,
     ) -> "Curves":
-        """Create curves from the rows of metrics.jsonl, the settings, and data.json."""
+        """Create curves from the rows of metrics.jsonl, the settings, and data.json.
+
+        ``logps/*`` of the rows are means over tokens.
+        """
         held_out = [
             {key.removeprefix("eval_"): value for key, value in row.items()}
             for row in rows
@@ -104,6 +109,22 @@ class Curves:
         ]
         train = [row for row in rows if "loss" in row]
         return cls(train, held_out, settings, data or {}, _length_rule(data or {}))
+
+    @property
+    def objective(self) -> str:
+        """The value of ``loss.type``."""
+        return str(self.settings.get("loss.type", "orpo"))
+
+    @property
+    def comparison(self) -> tuple[str, str] | None:
+        """(metric, its name) of the metric that compares chosen and rejected replies.
+
+        None: the objective compares no replies.
+        """
+        for name, label in (("log_odds_chosen", "log odds"), ("rewards/margins", "reward margin")):
+            if any(name in row for row in self.train):
+                return name, label
+        return None
 
     def windows(self, name: str) -> "Windows | None":
         """Return the means of a training metric over windows of steps; None for too few steps."""
@@ -257,7 +278,6 @@ def over_fitting(curves: Curves) -> Finding | None:
 def both_sink(curves: Curves) -> Finding | None:
     """Return a finding if the log-probs of the chosen and of the rejected answers both fall.
 
-    If both fall, the odds-ratio loss outweighs the NLL.
     """
     chosen, rejected = curves.change("logps/chosen"), curves.change("logps/rejected")
     if not chosen or not rejected:
@@ -265,13 +285,16 @@ def both_sink(curves: Curves) -> Finding | None:
     if any(-found.difference < max(SINK, found.error) for found in (chosen, rejected)):
         return None
     beta = curves.settings.get("loss.beta")
-    is_strong = isinstance(beta, int | float) and beta > STRONG_BETA
-    value = {"loss.beta": STRONG_BETA} if is_strong else {}
-    advice = (
-        f"λ is {beta:g}. Train again with λ = {STRONG_BETA:g}."
-        if is_strong
-        else "Train again with half the learning rate."
-    )
+    is_weight = curves.objective in ("orpo", "probability_ratio")
+    weight = NLL_WEIGHTS.get(curves.objective, "")
+    value: dict[str, Any] = {"training.learning_rate": _rate(curves, 0.5)}
+    advice = "Train again with half the learning rate."
+    if is_weight and isinstance(beta, int | float) and beta > STRONG_BETA:
+        value = {"loss.beta": STRONG_BETA}
+        advice = f"λ is {beta:g}. Train again with λ = {STRONG_BETA:g}."
+    elif weight and not curves.settings.get(weight):
+        value = {weight: 1.0}
+        advice = f"The loss has no NLL. Train again with {weight}=1, which adds the NLL."
     return Finding(
         "sinking",
         "Both log-probs sink",
@@ -281,28 +304,30 @@ def both_sink(curves: Curves) -> Finding | None:
         f"Both log-probs end at least {SINK:g} below their start.",
         f"{AUTHORS}, and Figs 7 and 9 of the paper; the number is {OURS}",
         advice,
-        value or {"training.learning_rate": _rate(curves, 0.5)},
+        value,
     )
 
 
 def not_learning(curves: Curves) -> Finding | None:
-    """Return a finding if the loss does not fall and the log odds do not rise."""
+    """Return a finding if the loss does not fall and the log odds or the margin do not rise."""
     if len(curves.train) < LEAST_STEPS:
         return None
-    loss, odds = curves.change("loss"), curves.change("log_odds_chosen")
-    if not loss or not odds:
+    name, label = curves.comparison or ("", "")
+    loss, odds = curves.change("loss"), curves.change(name)
+    if not loss or (name and not odds):
         return None
     falls = -loss.difference >= max(FLAT_LOSS * abs(loss.first), loss.error)
-    rises = odds.difference >= max(FLAT_ODDS, odds.error)
+    rises = odds is not None and odds.difference >= max(FLAT_ODDS, odds.error)
     if falls or rises:
         return None
+    other = f", and the {label} {odds}" if odds else ""
     return Finding(
         "not-learning",
         "Not learning",
         "serious",
-        f"The loss went {loss}, and the log odds {odds}.",
-        f"The loss falls by less than {FLAT_LOSS:.0%} and the log odds rise by less than "
-        f"{FLAT_ODDS:g}.",
+        f"The loss went {loss}{other}.",
+        f"The loss falls by less than {FLAT_LOSS:.0%} and the log odds or the reward margin rise "
+        f"by less than {FLAT_ODDS:g}.",
         OURS,
         "Train again with five times the learning rate. If that changes nothing, look at the pairs "
         "with `orpo-lite data`.",
@@ -379,7 +404,10 @@ RULES: tuple[Callable[[Curves], Finding | None], ...] = (
 
 
 def _healthy(curves: Curves) -> Finding:
-    named = {"The loss": "loss", "The log odds of chosen to rejected": "log_odds_chosen"}
+    named = {"The loss": "loss"}
+    if curves.comparison:
+        metric, label = curves.comparison
+        named[f"The {label} of chosen to rejected"] = metric
     changes = {label: curves.change(name) for label, name in named.items()}
     reason = " ".join(f"{label} went {change}." for label, change in changes.items() if change)
     return Finding(
@@ -428,6 +456,8 @@ def _accuracy_before(curves: Curves) -> tuple[float | None, int, str]:
     The accuracy is None if it was not measured.
     """
     name = "rewards/accuracies"
+    if curves.objective == "dpo":  # before the first step, all rewards are 0
+        return None, 0, ""
     held_out = curves.data.get("held_out_pairs")
     if curves.held_out and curves.held_out[0].get("step") == 0:
         value = curves.held_out[0].get(name)

@@ -35,7 +35,7 @@ class Spec(NamedTuple):
 
 
 SPECS = (
-    Spec("loss", "Loss", "What the training minimises: the NLL plus λ times the odds-ratio loss.",
+    Spec("loss", "Loss", "What the training minimises: see loss.type in the settings.",
          {"loss": ""}, "low"),
     Spec("nll", "NLL of the chosen answers", "Mean negative log-likelihood of a token.",
          {"nll_loss": ""}, "low"),
@@ -43,9 +43,10 @@ SPECS = (
          "7 and 9 of the paper.", {"logps/chosen": "chosen", "logps/rejected": "rejected"}, "high"),
     Spec("odds", "Log odds ratio", "How much more likely the chosen answer is than the rejected "
          "one.", {"log_odds_chosen": ""}, "high"),
-    Spec("accuracy", "Reward accuracy", "Share of pairs whose chosen answer is more likely than "
-         "the rejected one.", {"rewards/accuracies": ""}, "high", percent=True),
-    Spec("margin", "Reward margin", "λ times the difference of the two log-probabilities.",
+    Spec("accuracy", "Reward accuracy", "Share of pairs whose chosen answer has the higher "
+         "reward. ORPO's reward is β times the mean log-probability.",
+         {"rewards/accuracies": ""}, "high", percent=True),
+    Spec("margin", "Reward margin", "Reward of the chosen minus reward of the rejected answer.",
          {"rewards/margins": ""}, "high"),
     Spec("rate", "Learning rate", "The learning rate of each step.", {"learning_rate": ""}),
     Spec("norm", "Gradient norm", "Length of the gradient before clipping.", {"grad_norm": ""}),

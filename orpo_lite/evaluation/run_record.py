@@ -36,7 +36,7 @@ class RunRecord:
     """``section.key`` -> its value, after the changes of resumed runs."""
     changes: Sequence[Change]
     rows: Sequence[Mapping[str, Any]]
-    """The rows of metrics.jsonl."""
+    """The rows of metrics.jsonl. ``logps/*`` are means over tokens for every objective."""
     data: Mapping[str, Any]
     """The content of data.json, or {}."""
     plan: Mapping[str, Any]
@@ -83,7 +83,7 @@ class RunRecord:
             lock=lock,
             settings=settings,
             changes=optional(read_changes, lock, where, default=[]),
-            rows=rows,
+            rows=[_with_mean_logps(row) for row in rows],
             data=object_in("data.json"),
             plan=object_in("plan.json"),
             result=object_in(RESULT),
@@ -174,6 +174,12 @@ class RunRecord:
             return str(sources.get(key, "default"))
         # Runs of older versions did not record the sources.
         return "default" if self.settings[key] == default(key) else "recipe.yaml"
+
+
+def _with_mean_logps(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row in which ``mean_logps/*``, if it has them, replace the sums ``logps/*``."""
+    means = {key.replace("mean_logps", "logps"): row[key] for key in row if "mean_logps/" in key}
+    return {**row, **means} if means else row
 
 
 def default(key: str) -> Any:

@@ -103,6 +103,8 @@ def heaviest_pairs(
     bounds = np.arange(pairs + 1)
     each_prefix, each_rest = (np.diff(size * bounds // pairs) for size in (prefix, total - prefix))
     chosen, rejected = each_prefix + (each_rest + 1) // 2, each_prefix + each_rest // 2
+    if not triples[:, 2].any():  # the objective needs no rejected sequences
+        chosen, rejected = each_rest, np.zeros_like(each_rest)
     return blank_pairs(np.stack([each_prefix, chosen, rejected], 1))
 
 

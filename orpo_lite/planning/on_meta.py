@@ -97,12 +97,13 @@ Triples = NDArray[np.int64]
 """Token counts of pairs: (common prefix, chosen, rejected), shape (pairs, 3)."""
 
 
-def worst_case(max_length: int, pairs: int) -> Triples:
+def worst_case(max_length: int, pairs: int, *, has_rejected: bool = True) -> Triples:
     """Return the token counts of ``pairs`` pairs of maximal length.
 
     Both sequences of a pair have ``max_length`` tokens. The sequences have no common prefix.
+    ``has_rejected=False``: the pairs have no rejected sequences.
     """
-    return np.tile(np.array([[0, max_length, max_length]]), (pairs, 1))
+    return np.tile(np.array([[0, max_length, max_length * has_rejected]]), (pairs, 1))
 
 
 def blank_pairs(triples: Triples) -> list[TokenizedPair]:
@@ -111,6 +112,7 @@ def blank_pairs(triples: Triples) -> list[TokenizedPair]:
     for prefix, chosen, rejected in triples.tolist():
         chosen_ids = np.zeros(chosen, np.int32)
         rejected_ids = np.r_[np.zeros(prefix, np.int32), np.ones(rejected - prefix, np.int32)]
-        start = max(1, min(prefix, chosen - 1, rejected - 1))
+        shorter = min(chosen, rejected) if rejected else chosen
+        start = max(1, min(prefix, shorter - 1))
         pairs.append(TokenizedPair(chosen_ids, rejected_ids, start, start, "plan"))
     return pairs

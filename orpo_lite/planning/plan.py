@@ -12,6 +12,7 @@ from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import check_embedding, find_config, find_text_files
 from orpo_lite.data.prepare import find_sources, pair_lengths, tokenized_splits
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS
+from orpo_lite.objectives.objective import find_objective
 from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning.gpus import GPUS, Gpu, LocalGpu, local_gpu, memory_budget
 from orpo_lite.planning.on_meta import worst_case
@@ -108,12 +109,15 @@ def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update,
     name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
     config = find_config(name, revision)
     check_embedding(recipe, config)
-    triples = worst_case(recipe.data.max_length, recipe.training.global_batch_size)
+    has_rejected = "rejected" in find_objective(recipe.loss).needs
+    triples = worst_case(
+        recipe.data.max_length, recipe.training.global_batch_size, has_rejected=has_rejected
+    )
     if with_data:
         train, _, _ = yield from tokenized_splits(
             recipe, find_text_files(name, revision)[0], *find_sources(recipe.data)
         )
-        triples = pair_lengths(train)
+        triples = pair_lengths(train if has_rejected else train.without_rejected())
     local = local_gpu()
     if recipe.model.device == "cpu":
         local = None
@@ -173,8 +177,19 @@ def _report(
         changes=changes,
         disk=_disk(found, recipe, is_local=Path(recipe.model.model_name_or_path).is_dir()),
         is_verdict=is_verdict,
-        notes=[*found.measured.notes, *_notes_on_length(planner)],
+        notes=[*found.measured.notes, *_notes_on_length(planner), *_notes_on_loss(recipe)],
     )
+
+
+def _notes_on_loss(recipe: Recipe) -> list[str]:
+    """Return a note if the training computes log-probabilities of a reference model first."""
+    if "reference" not in find_objective(recipe.loss).needs:
+        return []
+    return [
+        f"loss.type={recipe.loss.type}: before the first step, the log-probabilities of the "
+        "reference model are computed: one forward pass of each pair, without gradients, which "
+        "needs less memory than a step; a later run on the same base and data reads them"
+    ]
 
 
 def _notes_on_length(planner: Planner) -> list[str]:

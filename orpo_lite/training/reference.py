@@ -47,10 +47,12 @@ def reference_folder(recipe: Recipe) -> Path | None:
     Raises:
         OrpoLiteError: the adapter cannot be found, or its configuration is not supported.
     """
-    name = recipe.loss.reference_adapter_name_or_path or recipe.model.adapter_name_or_path
+    key, name = "loss.reference_adapter_name_or_path", recipe.loss.reference_adapter_name_or_path
+    if name is None:
+        key, name = "model.adapter_name_or_path", recipe.model.adapter_name_or_path
     if name is None or name == BASE:
         return None
-    folder = find_adapter(name)
+    folder = find_adapter(name, key)
     read_adapter_config(folder)
     return folder
 

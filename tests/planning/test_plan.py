@@ -33,7 +33,7 @@ from transformers import (
 from benchmarks.recipes import gpu_size
 from orpo_lite import plan
 from orpo_lite.api import train_events
-from orpo_lite.base.find import Base
+from orpo_lite.base.find import Base, find_config
 from orpo_lite.data.packing import micro_batches, pack_pairs, packed_tokens
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.doctor.machine import check_device
@@ -230,6 +230,28 @@ def test_the_search_finds_what_trying_everything_finds(layers: int) -> None:
         assert found.settings == best.settings, share
         chosen.append(found.settings)
     assert len({str(each) for each in chosen}) >= 4
+
+
+def test_an_objective_needs_the_memory_of_orpo_and_sft_half_of_its_work() -> None:
+    """A 7B with two layers. No second model is held for DPO; SFT has only the chosen sequences."""
+    found = {}
+    for kind in ("orpo", "dpo", "simpo", "sft"):
+        chosen = load_recipe(
+            "mistral-qlora", [f"loss.type={kind}", "memory.micro_batch_tokens=4096"]
+        )
+        config = with_layers(find_config("mistralai/Mistral-7B-v0.1", "main"), 2)
+        found[kind] = measure(
+            chosen, config, worst_case(2048, 32, has_rejected=kind != "sft"), "ampere"
+        )
+    for kind in ("dpo", "simpo", "sft"):
+        assert found[kind].held == found["orpo"].held
+        assert found[kind].peak <= 1.05 * found["orpo"].peak
+    flops = {
+        kind: sum(key[0] * count for key, count in step.work.items()) / step.pairs
+        for kind, step in found.items()
+    }
+    assert flops["dpo"] == flops["orpo"]
+    assert flops["sft"] == pytest.approx(flops["orpo"] / 2, rel=0.01)
 
 
 def test_parts_add_up_to_the_peak() -> None:
