@@ -164,7 +164,8 @@ def _reference_model(model: PairModel, folder: Path | None) -> Iterator[Any]:
         yield model.without_adapter
         return
     wrapped: Any = model.model
-    wrapped.load_adapter(str(folder), adapter_name="reference", is_trainable=False)
+    # Without torch_device, peft would use a GPU even if the model is on the CPU.
+    wrapped.load_adapter(str(folder), adapter_name="reference", torch_device=str(model.device))
 
     @contextmanager
     def use() -> Iterator[None]:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from conftest import SHARED
 
 from orpo_lite.api import train
-from orpo_lite.evaluation.health import RULES, Curves, find_health
+from orpo_lite.evaluation.health import RULES, Curves, Finding, find_health
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.runs.records import read_json, read_metrics
 
@@ -133,6 +134,34 @@ def test_each_verdict_says_what_to_do_and_the_keys_are_recipe_keys() -> None:
             words = [f"{key}={json.dumps(value)}" for key, value in finding.values.items()]
             load_recipe("demo", words)  # refuses an unknown key or a value that is none
     assert len(seen) == len(RULES) + 1
+
+
+def test_the_rules_know_the_other_objectives() -> None:
+    def found(kind: str, objective: str) -> list[Finding]:
+        curves, names = curves_of(kind, random.Random(3)), {}
+        if objective != "orpo":
+            names = {"log_odds_chosen": "rewards/margins" if objective != "sft" else ""}
+        if objective == "sft":
+            names |= {"logps/rejected": "", "rewards/accuracies": ""}
+        rows = [
+            [{names.get(key, key): value for key, value in row.items()} for row in part]
+            for part in (curves.train, curves.held_out)
+        ]
+        settings = {**curves.settings, "loss.type": objective}
+        return find_health(replace(curves, train=rows[0], held_out=rows[1], settings=settings))
+
+    for objective, key in (("dpo", "loss.rpo_alpha"), ("simpo", "loss.cpo_alpha")):
+        (sinking,) = found("sinking", objective)
+        assert (sinking.name, sinking.values) == ("sinking", {key: 1.0})
+    (sinking,) = found("sinking", "orpo")
+    assert sinking.values == {"loss.beta": 0.1}
+    for kind in ("healthy", "not-learning"):
+        for objective, label in (("orpo", "log odds"), ("dpo", "reward margin"), ("sft", "loss")):
+            (finding,) = found(kind, objective)
+            assert finding.name == kind
+            assert label in finding.reason
+    assert found("data", "orpo")[0].name == "data"
+    assert found("data", "dpo")[0].name != "data"  # its accuracy before the first step is 0
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 1, "loss": None}], [{"step": 0, "eval_loss": 1.0}]])

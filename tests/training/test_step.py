@@ -248,9 +248,18 @@ def gradients_of_processes(folder: str) -> None:
             saved[f"{reduction} {count}"] = gradients(
                 model, ragged_pairs(count), settings, processes
             )
+    saved |= {loss: of_objective(model, loss, processes) for loss in ("sft", "dpo")}
     saved["evaluation"] = evaluation(model, processes)
     if processes.is_main:
         torch.save(saved, f"{folder}/gradients.pt")
+
+
+def of_objective(model: Any, loss: str, processes: Processes) -> tuple[torch.Tensor, list[float]]:
+    """The gradient of seven pairs by another objective."""
+    from test_objectives import LOSSES, pairs_for, settings_of
+
+    settings = settings_of(LOSSES[loss], memory__micro_batch_size=2)
+    return gradients(model, pairs_for(settings.loss, 7), settings, processes)
 
 
 def evaluation(model: Any, processes: Processes) -> tuple[dict[str, float], torch.Tensor]:
@@ -309,6 +318,10 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
             vector, parts = saved[f"{reduction} {count}"]
             assert (vector - expected).norm() / expected.norm() < 1e-12
             assert parts == pytest.approx(figures, rel=1e-12)
+    for loss in ("sft", "dpo"):
+        expected, figures = of_objective(model, loss, Processes(cpu=True))
+        assert (saved[loss][0] - expected).norm() / expected.norm() < 1e-12
+        assert saved[loss][1] == pytest.approx(figures, rel=1e-12)
     metrics, scores = saved["evaluation"]
     expected_metrics, expected_scores = evaluation(model, Processes(cpu=True))
     assert metrics == pytest.approx(expected_metrics, rel=1e-6)
