@@ -276,9 +276,7 @@ def over_fitting(curves: Curves) -> Finding | None:
 
 
 def both_sink(curves: Curves) -> Finding | None:
-    """Return a finding if the log-probs of the chosen and of the rejected answers both fall.
-
-    """
+    """Return a finding if the log-probs of the chosen and of the rejected answers both fall."""
     chosen, rejected = curves.change("logps/chosen"), curves.change("logps/rejected")
     if not chosen or not rejected:
         return None

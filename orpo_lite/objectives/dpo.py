@@ -46,6 +46,15 @@ class Dpo(PairwiseObjective):
         chosen_P, rejected_P = _times_tokens(_mean_log_ratios(logps, facts), facts)
         return self.settings.beta * chosen_P, self.settings.beta * rejected_P
 
+    def described(self) -> list[tuple[str, str]]:
+        """Return the settings of the loss, its function, and the reference model."""
+        named = self.settings.reference_adapter_name_or_path
+        reference = {None: "the model before the training", "base": "the base"}.get(
+            named, "the base with another adapter"
+        )
+        function = ("function (`loss.dpo_loss_type`)", self.settings.dpo_loss_type)
+        return [*super().described(), function, ("reference model", reference)]
+
 
 def _mean_log_ratios(logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
     """Return the log-ratios to the reference model, as means over a response's tokens."""
