@@ -35,7 +35,7 @@ class ReferenceCache:
         self._is_whole = size == len(content)
 
     def missing(self, rows: Sequence[int]) -> list[int]:
-        """Return those of the rows whose log-probabilities are not known, in order."""
+        """Return the rows whose log-probabilities are not known, in the given order."""
         return [row for row in rows if row not in self._known]
 
     def add(self, rows: Sequence[int], logps_P2: NDArray[np.float64], *, write: bool) -> None:

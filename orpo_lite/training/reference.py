@@ -8,8 +8,8 @@ The log-probabilities are kept in the cache of the tokens: see
 import hashlib
 import json
 import signal
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.folder import adapter_sha256
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.training.session import Session
-from orpo_lite.updates import Update
+from orpo_lite.updates import Update, run_to_end, staged
 
 BASE = "base"
 STAGE = "computing log-probabilities of the reference model"
+Switch = Callable[[], AbstractContextManager[None]]
 BLOCK = 64
 """Rows that are scored together. The blocks do not depend on what the cache holds already, so a
 computation that was killed gives the same bits when it is resumed."""
@@ -102,7 +103,7 @@ def _used_indices(session: Session) -> Sequence[int]:
 
 
 def _fill(
-    session: Session, pairs: TokenizedPairs, cache: ReferenceCache, use: Any
+    session: Session, pairs: TokenizedPairs, cache: ReferenceCache, use: Switch
 ) -> Generator[Update, None, None]:
     """Compute the log-probabilities of pairs that the cache does not hold, and add them to it."""
     rows = pairs.rows.tolist()
@@ -115,16 +116,15 @@ def _fill(
             number = session.signals[0] if session.signals else signal.SIGTERM
             raise Interrupted(number, session.path)
         chosen = pairs.select([place[row] for row in block])
+        task = score(
+            session.pair_model,
+            chosen,
+            session.recipe,
+            pad_id=session.inputs.pad_id,
+            processes=session.processes,
+        )
         with use():
-            scores = _result(
-                score(
-                    session.pair_model,
-                    chosen,
-                    session.recipe,
-                    pad_id=session.inputs.pad_id,
-                    processes=session.processes,
-                )
-            )
+            scores = run_to_end(staged(STAGE, task), lambda _: None)
         values = np.stack([scores.chosen_P.numpy(), scores.rejected_P.numpy()], 1)
         cache.add(block, values, write=session.processes.is_main)
         done += len(block)
@@ -155,7 +155,7 @@ def _blocks(rows: Sequence[int]) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _reference_model(model: PairModel, folder: Path | None) -> Iterator[Any]:
+def _reference_model(model: PairModel, folder: Path | None) -> Iterator[Switch]:
     """Load the reference's adapter for the ``with`` block, and yield a context that switches to it.
 
     In the yielded context, the model is the reference model.
@@ -180,12 +180,3 @@ def _reference_model(model: PairModel, folder: Path | None) -> Iterator[Any]:
     finally:
         wrapped.delete_adapter("reference")
         wrapped.set_adapter("default")
-
-
-def _result(task: Generator[Any, None, Any]) -> Any:
-    """Run a task without its progress, and return its result."""
-    while True:
-        try:
-            next(task)
-        except StopIteration as end:
-            return end.value
