@@ -113,11 +113,10 @@ def fetch_weights(base: Base) -> Base:
 
 
 def is_wrapper(config: Any) -> bool:
-    """Return True if the base's files hold more than the part of the model that is trained.
+    """Return True if the base is a larger model of which only the language model is trained.
 
-    Example: the files hold an image encoder and a language model. Only the language model is
-    trained. In the files, the layers of the language model have longer names than in the trained
-    part.
+    Example: the base has an image encoder and a language model. Its files then name a layer of the
+    language model differently than the trained model does.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

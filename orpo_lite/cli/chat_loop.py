@@ -72,6 +72,8 @@ def _answer(conversation: "Chat", line: str) -> None:
             err.print("stopped")
         except OrpoLiteError as error:
             err.print(str(error))
+            if not is_terminal():  # each line of the input has a line of the output
+                out.out("", highlight=False)
 
 
 def _obey(conversation: "Chat", command: str, text: str) -> bool:

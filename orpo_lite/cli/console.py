@@ -111,12 +111,13 @@ def print_verdict(verdict: "Verdict") -> None:
     print_columns(rows)
     out.print(f"{verdict.outcome}: {verdict.explanation}")
     if verdict.kept:
-        out.print(f"the merged model keeps {verdict.kept.text} of the adapter's gain in log odds")
+        out.print(verdict.kept.sentence("the merged model"))
 
 
 def print_evaluation(evaluation: "Evaluation") -> None:
     """Print a table of each model's metrics with intervals, then each comparison in words."""
-    kind = "held-out pairs" if evaluation.held_out else "pairs"
+    kind = "held-out pair" if evaluation.held_out else "pair"
+    kind += "" if evaluation.pairs == 1 else "s"
     short = max(model.shorter_chosen.pairs for model in evaluation.models)
     head = ("reward accuracy", "margin", "log odds", "NLL", f"accuracy, chosen shorter ({short:,})")
     rows: list[tuple[str, ...]] = [(f"{evaluation.pairs:,} {kind}", *head)]

@@ -69,7 +69,7 @@ def verify_export(run: Path, folder: Path, weights: "Weights") -> None:
     from orpo_lite.api import verify_export_events
 
     kept, pairs = draw(verify_export_events(run, folder, weights=weights))
-    out.print(f"{kept.model} keeps {kept.text} of the adapter's gain in log odds ({pairs} pairs)")
+    out.print(f"{kept.sentence(kept.model)} ({pairs} pairs)")
     if not kept.is_enough:
         out.print(
             "warning: that is less than 90%; a type with more bits keeps more (--outtype q6_k or "

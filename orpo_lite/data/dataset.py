@@ -337,18 +337,29 @@ class PromptTokenizer(AbstractContextManager["PromptTokenizer"]):
             )
             for number, conversation in enumerate(conversations, 1)
         ]
-        found = tokenize_pairs(pairs, self.renderer, self.tokenizer, self.data)
-        return [
-            tokens
+        # A lone surrogate, which is half a character, has no UTF-8 form and no tokens.
+        broken = {pair.where for pair in pairs if not _is_unicode(pair.prompt_text or "")}
+        whole = [pair for pair in pairs if pair.where not in broken]
+        found = {
+            pair.where: tokens
             if isinstance(tokens, str)
             else [*map(int, tokens.chosen_ids[: tokens.chosen_start])]
-            for _, tokens in found
-        ]
+            for pair, tokens in tokenize_pairs(whole, self.renderer, self.tokenizer, self.data)
+        }
+        return [found.get(pair.where, "the text is not valid Unicode") for pair in pairs]
 
     def _without_special(self, turn: Message) -> Message:
         if turn["role"] != "assistant":
             return turn
         return {**turn, "content": self.template.special.sub("", turn["content"])}
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _renderer(template: Template) -> Renderer:

@@ -9,6 +9,8 @@ from orpo_lite.errors import OrpoLiteError, first_line
 
 State = Literal["ok", "warning", "fault"]
 
+OTHER_PATH = "set the path in the recipe, such as training.output_dir, to a place that exists"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -48,7 +50,9 @@ def run_check(name: str, check: Callable[[], Checks], limit: float) -> list[Chec
         return [*found, Check(name, "fault", f"no answer within {limit:.0f} s")]
     for error in errors:
         if isinstance(error, OrpoLiteError):
-            found.append(Check(name, "fault", error.found, error.fix))
+            found.append(Check(name, "fault", f"{error.where}: {error.found}", error.fix))
+        elif isinstance(error, OSError) and error.filename:
+            found.append(Check(name, "fault", f"{error.filename}: {error.strerror}", OTHER_PATH))
         else:
             text = f"the check failed: {type(error).__name__}: {first_line(error)[:300]}"
             found.append(Check(name, "fault", text))

@@ -70,7 +70,7 @@ def check_recipe(recipe: Recipe, *, is_online: bool) -> Iterator[Check]:
 
     private = _private_names(recipe)
     can_download = is_online and not constants.is_offline_mode()
-    for name, check in (("base", _check_base), ("data", _check_data)):
+    for name, check in CHECKS_OF_RECIPE:
         for one in run_check(name, partial(check, recipe, can_download), TIME_LIMIT):
             yield replace(one, private=private)
     report = plan(recipe)
@@ -87,6 +87,15 @@ def check_recipe(recipe: Recipe, *, is_online: bool) -> Iterator[Check]:
             f"needs {gib(report.plan.measured.host)} of RAM, but only {gib(free_ram())} are free"
         )
         yield Check("plan", "warning", found, "end other programs, or train on a smaller base")
+
+
+def _check_trackers(recipe: Recipe, _can_download: bool) -> Iterator[Check]:
+    """Check that the trackers in ``training.report_to`` can be used, as the training does."""
+    from orpo_lite.training.trackers import check_trackers
+
+    if recipe.training.report_to:
+        check_trackers(recipe)
+        yield Check("trackers", "ok", ", ".join(recipe.training.report_to))
 
 
 def _private_names(recipe: Recipe) -> tuple[str, ...]:
@@ -146,3 +155,11 @@ def _describe_repository(
     if can_download:
         return Check(check, "ok", f"{name} will be downloaded")
     return Check(check, "fault", f"{name} is not in the cache, and it cannot be downloaded", fix)
+
+
+CHECKS_OF_RECIPE: list[tuple[str, Callable[[Recipe, bool], Iterator[Check]]]] = [
+    ("base", _check_base),
+    ("data", _check_data),
+    ("trackers", _check_trackers),
+]
+"""The checks of a recipe in their order: name and function."""

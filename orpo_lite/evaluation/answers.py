@@ -6,18 +6,18 @@ prompts are answered. If the file of answers is finished, the same command does 
 
 import hashlib
 import json
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from orpo_lite.data.pair import Message
-from orpo_lite.data.sources.files import read_file
-from orpo_lite.data.sources.lines import File
-from orpo_lite.errors import DataError, RecipeError, raise_all
+from orpo_lite.errors import RecipeError
+from orpo_lite.evaluation.graders import FORMATS, Question, read_questions
 from orpo_lite.evaluation.open_run import FoundModel, find_model, load_model
 from orpo_lite.model.generate import Answerer, Decoding
 from orpo_lite.runs.atomic import explain_write_errors, sha256, write_text
@@ -25,88 +25,7 @@ from orpo_lite.runs.folder import adapter_sha256
 from orpo_lite.updates import Update
 
 SEED = 42
-# FastChat, fastchat/llm_judge/common.py, temperature_config; other categories are greedy.
-MT_BENCH_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-
-
-@dataclass(frozen=True)
-class Question:
-    """One row of the prompts file: the user turns to answer, and the earlier messages."""
-
-    row: Mapping[str, Any]
-    before: tuple[Message, ...]
-    turns: tuple[str, ...]
-    """The model sees its answer to the first turn when it answers the second turn."""
-
-
-@dataclass(frozen=True)
-class GraderFormat:
-    """The format of a grader, such as MT-Bench: how to read questions, and defaults for answers."""
-
-    read: Callable[[Mapping[str, Any]], Question | None]
-    """Return the question of a row, or None if the row has another form."""
-    expected: str
-    """The form of a row, for error messages."""
-    suffix: str
-    """The suffix of the file of answers."""
-    max_new_tokens: int
-    temperature: Callable[[Question], float]
-
-
-def _text_at(key: str) -> Callable[[Mapping[str, Any]], Question | None]:
-    def read(row: Mapping[str, Any]) -> Question | None:
-        text = row.get(key)
-        return Question(row, (), (text,)) if isinstance(text, str) else None
-
-    return read
-
-
-def _read_turns(row: Mapping[str, Any]) -> Question | None:
-    turns = row.get("turns")
-    is_right = isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
-    return Question(row, (), tuple(turns)) if is_right and "question_id" in row and turns else None
-
-
-def _read_prompt(row: Mapping[str, Any]) -> Question | None:
-    prompt = row.get("prompt")
-    if not isinstance(prompt, list):
-        return _text_at("prompt")(row)
-    is_right = all(
-        isinstance(turn, dict)
-        and turn.get("role") in ("system", "user", "assistant")
-        and isinstance(turn.get("content"), str)
-        for turn in prompt
-    )
-    if not prompt or not is_right or prompt[-1]["role"] != "user":
-        return None
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
-    return Question(row, tuple(turns[:-1]), (turns[-1]["content"],))
-
-
-FORMATS = {
-    "alpaca_eval": GraderFormat(
-        _text_at("instruction"), '"instruction": a text', ".json", 2048, lambda _: 0.7
-    ),
-    "mt_bench": GraderFormat(
-        _read_turns,
-        '"question_id", and "turns": a list of texts',
-        ".jsonl",
-        1024,
-        lambda question: MT_BENCH_TEMPERATURES.get(str(question.row.get("category")), 0.0),
-    ),
-    "ifeval": GraderFormat(_text_at("prompt"), '"prompt": a text', ".jsonl", 1280, lambda _: 0.0),
-    "jsonl": GraderFormat(
-        _read_prompt,
-        '"prompt": a text, or a list of messages that ends with a user message',
-        ".jsonl",
-        512,
-        lambda _: 0.0,
-    ),
-}
-"""The formats of AlpacaEval, of FastChat's MT-Bench, of IFEval, and of plain prompts.
-
-The token limits and temperatures are those that the authors of the graders use. AlpacaEval leaves
-both to the author of the model."""
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -182,7 +101,7 @@ def prepare_answers(
         name: the model, as for :func:`orpo_lite.evaluation.open_run.find_model`.
         prompts: the file of prompts, in the format of the grader's own prompts. For
             ``grader="jsonl"``, each row has a ``prompt``.
-        grader: a key of :data:`FORMATS`.
+        grader: a key of :data:`orpo_lite.evaluation.graders.FORMATS`.
         to: the file to write. None: a file in ``RUN/answers``.
         adapter: False: the base of the run answers, without the adapter.
         max_new_tokens: largest number of tokens in an answer. None: the limit of the grader's
@@ -192,7 +111,8 @@ def prepare_answers(
         base_path: where the base of the run is now, if its folder was moved.
 
     Raises:
-        RecipeError: ``grader`` is unknown; a value is out of range; ``to`` is None and the model is
+        RecipeError: ``grader`` is unknown; a value is out of range; ``adapter`` is False and the
+            model has no adapter; ``to`` is None and the model is
             not a run; or the file ``to`` is not from a call with the same arguments.
         DataError: the prompts cannot be read, or a row does not have the grader's format.
         OrpoLiteError: the model cannot be found; see
@@ -216,7 +136,15 @@ def prepare_answers(
             expected="the name of the file to write",
             fix=f"--to answers{kind.suffix}",
         )
-    base = "" if adapter or not found.adapter else "-base"
+    if not adapter and found.adapter is None:
+        in_run = found.run is not None
+        raise RecipeError(
+            where="--adapter off",
+            found=f"{found.name} has no adapter to switch off",
+            expected="the folder of a run",
+            fix=f"give {found.run} instead" if in_run else "leave --adapter off out",
+        )
+    base = "" if adapter else "-base"
     target = (
         Path(to).expanduser()
         if to is not None
@@ -247,13 +175,17 @@ def _refuse_other_answers(task: Task) -> None:
     is_new = not exists and not lines
     if is_same or is_new:
         return
-    found = "exists already" if exists else "a stopped command has begun this file"
+    found = "is a folder" if task.to.is_dir() else "exists already"
+    if not exists:
+        found = "a stopped command has begun this file"
     changed = f", with other {' and '.join(differing)}" if known and differing else ""
     raise RecipeError(
         where=f"--to {task.to}",
         found=f"{found}{changed}",
         expected="a new file, or the same command as before",
-        fix=f"--to {_free_name(task.to)}, or remove {task.to if exists else task.progress}",
+        # Without a hidden file, the file was not written by this command: it may be anything.
+        fix=f"--to {_free_name(task.to)}"
+        + (f", or remove {task.to if exists else task.progress}" if known else ""),
     )
 
 
@@ -291,40 +223,6 @@ def check_decoding(max_new_tokens: int | None, temperature: float | None) -> Non
             expected="0 or more (0: no sampling)",
             fix="--temperature 0.7",
         )
-
-
-def read_questions(path: Path, grader: str) -> list[Question]:
-    """Return the questions in a file. Raise a single :class:`DataError` for all wrong rows."""
-    if not path.is_file():
-        raise DataError(
-            where=f"--prompts {path}", found="no such file", expected="a file of prompts"
-        )
-    faults: list[DataError] = []
-    questions = []
-    for where, row in read_file(File(path, path.name), faults):
-        question = FORMATS[grader].read(row)
-        if question is None:
-            keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-            faults.append(
-                DataError(
-                    where=where,
-                    found=f"a row with {keys}"[:200],
-                    expected=FORMATS[grader].expected,
-                    fix=f"--for {_likely(row)}" if _likely(row) else "",
-                )
-            )
-        else:
-            questions.append(question)
-    raise_all(faults)
-    if not questions:
-        raise DataError(
-            where=f"--prompts {path}", found="has no rows", expected="at least one prompt"
-        )
-    return questions
-
-
-def _likely(row: Mapping[str, Any]) -> str:
-    return next((name for name, kind in FORMATS.items() if kind.read(row)), "")
 
 
 def write_answers(task: Task) -> Generator[Update, None, Answers]:
@@ -458,8 +356,14 @@ def _formatted(task: Task, progress: _Progress) -> str:
         texts = [progress.texts[number, turn] for turn in range(len(question.turns))]
         rows.append(_answer_row(task, question, texts, progress.began))
     if task.grader == "alpaca_eval":
-        return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return _to_json(rows, indent=2)
+    return "".join(map(_to_json, rows))
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON and a line end. Only what has no UTF-8 form is escaped."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    return LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _answer_row(

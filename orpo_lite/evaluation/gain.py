@@ -34,14 +34,17 @@ class Kept:
         """True if ``share`` is at least 90%, or if the share is not known."""
         return not self.is_known or self.share.value is None or self.share.value >= ENOUGH
 
-    @property
-    def text(self) -> str:
-        """The share and its interval as text, such as ``98.1% (95.0% to 101.2%)``."""
+    def sentence(self, name: str) -> str:
+        """Return a sentence that says how much of the gain the model ``name`` keeps."""
         value, low, high = self.share.value, self.share.low, self.share.high
         if not self.is_known or value is None or low is None or high is None:
             gain = "unknown" if self.gain.value is None else f"{self.gain.value:+.3f}"
-            return f"cannot tell ({gain} in log odds)"
-        return f"{value:.1%} ({low:.1%} to {high:.1%})"
+            return (
+                f"cannot tell how much of the adapter's gain {name} keeps (its gain in log odds: "
+                f"{gain})"
+            )
+        share = f"{value:.1%} ({low:.1%} to {high:.1%})"
+        return f"{name} keeps {share} of the adapter's gain in log odds"
 
 
 def pair_log_odds(scores_2P: Tensor) -> Numbers:

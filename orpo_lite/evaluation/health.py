@@ -363,7 +363,8 @@ def too_easy_data(curves: Curves) -> Finding | None:
         "The data is too easy",
         "warning",
         " ".join(reasons),
-        f"The accuracy is at least {HIGH_START:.0%} before the first step. Or a rule that only "
+        f"The accuracy is at least {HIGH_START:.0%} before the first step, and its 95% interval "
+        f"lies above {LENGTH_MATTERS:.0%}. Or, after {LEAST_STEPS} steps, a rule that only "
         f"looks at length is right on at least {LENGTH_MATTERS:.0%} of the pairs, and at least as "
         "often as the trained model.",
         f"{AUTHORS}; the numbers are thresholds of orpo-lite",

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 from orpo_lite.errors import Command, RecipeError
 from orpo_lite.evaluation.report import make_body, read_runs, wrap_body
 from orpo_lite.runs.commands import quoted
+from orpo_lite.runs.folder import is_in_use
 from orpo_lite.updates import Update
 
 HOST = "127.0.0.1"
@@ -58,8 +59,8 @@ class LivePage:
             return self._version, self._page, self._body
 
     def _newest(self) -> str:
-        """Return a text that changes whenever a watched file changes."""
-        found = []
+        """Return a text that changes if a watched file changes, or a training starts or ends."""
+        found = [f"{is_in_use(path):d}" for path in self.paths]
         for file in (path / name for path in self.paths for name in WATCHED):
             if file.is_file():
                 status = file.stat()

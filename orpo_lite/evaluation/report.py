@@ -20,6 +20,7 @@ from orpo_lite.runs.atomic import write_text
 from orpo_lite.runs.records import REPORT
 
 MOST_RUNS = 8
+MARK = b"orpo-lite report"  # bytes that every report contains
 
 
 class Spec(NamedTuple):
@@ -87,9 +88,12 @@ def report(
 
     Raises:
         CheckpointError: a folder is not a run, or the file cannot be written.
-        RecipeError: there is no run folder, or there are more than :data:`MOST_RUNS`.
+        RecipeError: ``to`` exists and is not a report; there is no run folder, or there are more
+            than :data:`MOST_RUNS`.
     """
     paths = [Path(folder).expanduser() for folder in run_folders]
+    if to:
+        _refuse_other_file(Path(to).expanduser())
     records = read_runs(paths)
     file = Path(to).expanduser() if to else (paths[0] if len(paths) == 1 else Path()) / REPORT
     write_text(file, make_page(records, data_texts=data_texts))
@@ -105,6 +109,24 @@ def report(
             for record in records
         },
         [note for record in records for note in record.notes],
+    )
+
+
+def _refuse_other_file(file: Path) -> None:
+    """Raise :class:`RecipeError` if a path exists and is not a report that this package wrote."""
+    if not file.exists():
+        return
+    if file.is_dir():
+        found, free = "is a folder", file / REPORT
+    elif MARK in file.read_bytes():
+        return
+    else:
+        found, free = "exists already and is not a report", file.with_name(REPORT)
+    raise RecipeError(
+        where=f"--to {file}",
+        found=found,
+        expected="a new file, or a report to replace",
+        fix=f"--to {free}",
     )
 
 

@@ -14,7 +14,7 @@ from orpo_lite.data.statistics import warning_lines
 from orpo_lite.evaluation.health import Finding
 from orpo_lite.evaluation.run_record import RunRecord, default, rows_of
 from orpo_lite.recipe.text import GIB, gib, to_text
-from orpo_lite.runs.commands import quoted
+from orpo_lite.runs.commands import quoted, resume_command
 
 LONGEST = 2000  # characters of a prompt or an answer
 ICONS = {"good": "✓", "warning": "!", "serious": "✕", "unknown": "?"}
@@ -33,7 +33,10 @@ def run_texts(record: RunRecord, label: str, data_texts: bool) -> dict[str, Any]
         "label": label,
         "path": path,
         "facts": [*_facts(record, data_texts)],
-        "running": not record.is_finished,
+        "state": record.state,
+        "resume": resume_command(record.path).line
+        if data_texts
+        else "orpo-lite train --resume RUN",
         "steps": record.steps,
         "planned": record.planned_steps,
         "verdicts": verdicts,

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.errors import CheckpointError
@@ -14,14 +14,26 @@ from orpo_lite.recipe.schema import SECTIONS
 from orpo_lite.runs.atomic import sha256
 from orpo_lite.runs.changes import Change, read_changes, values_in_force
 from orpo_lite.runs.commands import new_run_command, quoted, resume_command
+from orpo_lite.runs.folder import is_in_use
 from orpo_lite.runs.lock import read_lock, read_recipe
-from orpo_lite.runs.records import RESULT, Sample, read_json, read_samples, readable_metrics
+from orpo_lite.runs.records import (
+    METRICS,
+    RESULT,
+    Sample,
+    read_json,
+    read_samples,
+    readable_metrics,
+)
 
 TRAINED_ON = (
-    "The run was trained on prompts of these pairs, or may have been. So its results may look too "
-    "good."
+    "These pairs are not known to be held out. If the run was trained on their prompts, its "
+    "results look too good."
 )
-NOT_FINISHED = "The training has not ended. If it was stopped, continue it."
+ADVICE = {
+    "training": "The training still runs. Wait for more steps.",
+    "stopped": "The training was stopped before its end. Continue it.",
+}
+"""State of an unfinished run -> the advice if it has too few steps for a verdict."""
 VERDICTS = {"verdict.json": "At the end of the training", "eval.json": "Evaluated later"}
 """File in a run with the result of an evaluation -> when the evaluation was made."""
 
@@ -47,6 +59,8 @@ class RunRecord:
     """When an evaluation was made -> the content of its file. See :data:`VERDICTS`."""
     answers: Sequence[Sample]
     """The answers of samples.jsonl."""
+    is_in_use: bool = False
+    """True if a process uses the folder, such as its training."""
     notes: list[str] = field(default_factory=list)
     """Sentences that say what could not be read."""
 
@@ -75,9 +89,11 @@ class RunRecord:
         where = str(path / "lock.json")
         settings = optional(values_in_force, path, lock, default=recipe) if lock else recipe
         rows, damaged = optional(readable_metrics, path, default=([], 0))
+        if not rows and (path / RESULT).is_file():
+            notes.append(f"{path / METRICS}: is missing or empty, so there are no curves")
         if damaged:
             lines = f"{damaged} line{'' if damaged == 1 else 's'}"
-            notes.append(f"{path / 'metrics.jsonl'}: {lines} cannot be read")
+            notes.append(f"{path / METRICS}: {lines} cannot be read")
         return cls(
             path=path,
             lock=lock,
@@ -93,6 +109,7 @@ class RunRecord:
                 if (found := object_in(name)) and _is_current(found, path, notes)
             },
             answers=optional(read_samples, path, default=[]),
+            is_in_use=is_in_use(path),
             notes=notes,
         )
 
@@ -109,7 +126,15 @@ class RunRecord:
     @property
     def is_finished(self) -> bool:
         """True if the training has ended, and was not continued after that."""
-        return self.result.get("steps") == self.steps
+        steps = self.result.get("steps")
+        return isinstance(steps, int) and steps >= self.steps
+
+    @property
+    def state(self) -> Literal["finished", "training", "stopped"]:
+        """Whether the training has ended, goes on, or was stopped before its end."""
+        if self.is_finished:
+            return "finished"
+        return "training" if self.is_in_use else "stopped"
 
     @property
     def planned_steps(self) -> int | None:
@@ -133,7 +158,7 @@ class RunRecord:
         if self.is_finished:
             return findings
         return [
-            replace(finding, advice=NOT_FINISHED, values={})
+            replace(finding, advice=ADVICE[self.state], values={})
             if finding.name == "too-few-steps"
             else finding
             for finding in findings
@@ -144,7 +169,7 @@ class RunRecord:
 
         ``path`` is the run folder as the command should name it.
         """
-        if finding.advice == NOT_FINISHED:
+        if finding.advice == ADVICE["stopped"]:
             return resume_command(path).line
         return new_run_command(path, finding.values).line if finding.values else ""
 

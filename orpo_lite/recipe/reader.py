@@ -17,7 +17,7 @@ from orpo_lite.errors import TOKEN, Command, Overrides, RecipeError, raise_all
 from orpo_lite.recipe.checks import contradictions
 from orpo_lite.recipe.foreign import answer_unknown
 from orpo_lite.recipe.schema import KEYS, SECTIONS, Recipe
-from orpo_lite.recipe.text import CLOSING_TOKENS, MAX_DEPTH, OPENING_TOKENS, Written, to_text
+from orpo_lite.recipe.text import CLOSING_TOKENS, MAX_DEPTH, OPENING_TOKENS, Written
 
 MAX_BYTES = 1 << 20  # a recipe is a page of text; a larger file is not a recipe
 # The folder of the recipes in a wheel, and in a checkout or an editable install.
@@ -447,5 +447,5 @@ def _advice(key: str) -> str:
     field = SECTIONS[section].model_fields[name]
     if field.is_required():
         return str(field.description)
-    text = f"{name}: {to_text(field.default)} is the default. {field.description}"
-    return Overrides({key: field.default}, text=text)
+    default = Overrides({key: field.default})
+    return Overrides({key: field.default}, text=f"{default} (the default). {field.description}")

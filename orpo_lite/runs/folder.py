@@ -65,6 +65,18 @@ def locked(path: Path) -> Iterator[list[str]]:
         yield notes
 
 
+def is_in_use(path: Path) -> bool:
+    """Return whether a process uses a run folder; True too if the file system has no locks."""
+    try:
+        with (path / ".lock").open() as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 KEPT_CHECKPOINTS = 2  # number of newest checkpoints; the best one is kept too
 FOLDERS: dict[Weights, str] = {"original": "merged", "dequantized": "merged-dequantized"}
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"

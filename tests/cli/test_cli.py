@@ -346,7 +346,7 @@ def test_resume_takes_the_recipe_of_the_run_and_no_other(call: Call, tmp_path: P
 def test_resume_of_no_run_ends_with_5(call: Call, tmp_path: Path) -> None:
     code, _, said = call("train", "--resume", str(tmp_path / "gone"))
     assert code == 5
-    assert "has no recipe.yaml" in said
+    assert "no such folder" in said
 
 
 def test_resume_reads_the_recipe_where_the_run_lies_now(call: Call, tmp_path: Path) -> None:

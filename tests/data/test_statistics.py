@@ -390,7 +390,7 @@ def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None
         csv.writer(file).writerows(templated * 4)  # too many to be chance
     code, _, said = look()
     assert code == 3
-    assert "data.chat_template: 15 of 115 pairs hold markers of a chat template" in said
+    assert "data.chat_template: 15 of 115 pairs already hold markers of a chat template" in said
 
 
 NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}"

@@ -33,6 +33,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"prompt": "Hello"},
         {"prompt": [{"role": "system", "content": "Be"}, {"role": "user", "content": "Hello"}]},
         {"prompt": "It ends</s> here"},
+        {"prompt": "half a character: \ud800"},
     ],
 }
 
@@ -100,7 +101,8 @@ def test_each_grader_reads_its_file_and_the_answers_are_those_of_transformers(
     assert plain["prompt"] == ROWS["ifeval"][0]["prompt"]
     assert plain["response"] == greedy(opened, plain["prompt"])
     assert too_long["response"] == ""
-    hello, with_system, special = read_rows(files["jsonl"])
+    hello, with_system, special, broken = read_rows(files["jsonl"])
+    assert broken["response"] == ""
     assert hello["response"] == greedy(opened, "Hello") != with_system["response"]
     assert special == {"prompt": "It ends</s> here", "response": ""}
 
@@ -177,6 +179,16 @@ def test_wrong_prompts_are_said_before_weights_are_loaded(
     assert "--to answers.jsonl" in refused(RecipeError, ROWS["jsonl"], run="base")
     with pytest.raises(DataError, match="no such file"):
         generate(run, "nowhere.jsonl")
+    assert "question_id occur twice" in refused(DataError, ROWS["mt_bench"] * 2, grader="mt_bench")
+    said = refused(RecipeError, ROWS["jsonl"], run="base", adapter=False, to="a.jsonl")
+    assert "base has no adapter to switch off" in said
+    for to, found in (("prompts.jsonl", "exists already"), ("run", "is a folder")):
+        said = refused(RecipeError, ROWS["jsonl"], to=to)
+        assert found in said
+        assert "or remove" not in said  # it is not this command's file
+    Path("latin.jsonl").write_bytes('{"prompt": "café"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"then --prompts latin\.utf8\.jsonl"):
+        generate(run, "latin.jsonl")
 
 
 @pytest.mark.real

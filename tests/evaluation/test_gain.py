@@ -17,13 +17,13 @@ def test_a_share_of_the_gain(share: float, is_enough: bool) -> None:
     kept = kept_gain("q4_k_m", share * gains(2.0), gains(2.0), PROMPTS)
     assert (kept.share.value, kept.share.low, kept.share.high) == pytest.approx((share,) * 3)
     assert (kept.is_known, kept.is_enough) == (True, is_enough)
-    assert kept.text.startswith(f"{share:.1%} (")
+    assert f" keeps {share:.1%} (" in kept.sentence("it")
 
 
 def test_no_share_of_a_gain_that_may_be_0() -> None:
     kept = kept_gain("q4_k_m", gains(0.02) / 2, gains(0.02), PROMPTS)
     assert (kept.is_known, kept.is_enough) == (False, True)
-    assert kept.text.startswith("cannot tell")
+    assert kept.sentence("it").startswith("cannot tell")
 
 
 def test_a_share_that_varies_has_a_wide_interval() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from orpo_lite import api
 from orpo_lite.errors import CheckpointError, RecipeError
 from orpo_lite.evaluation import charts, report
 from orpo_lite.evaluation.run_record import RunRecord
+from orpo_lite.runs.folder import locked
 from orpo_lite.runs.records import read_metrics
 
 HOSTILE = (
@@ -197,7 +199,14 @@ def test_several_runs_are_overlaid_and_their_differing_settings_named(
     assert code == 0, complaint
     assert "note: other/metrics.jsonl: 1 line cannot be read" in said
     assert "run:   Train longer." in said
-    assert "other:   The training has not ended. If it was stopped, continue it." in said
+    assert "other:   The training was stopped before its end. Continue it." in said
+    code, _, complaint = call("report", "run", "--to", "pairs.jsonl")
+    assert (code, "is not a report" in complaint) == (2, True)
+    assert call("report", "run", "--to", "report.html")[0] == 0  # a report may be replaced
+    assert call("report", "run", "--to", ".")[0] == 2
+    with locked(workspace / "other"):
+        assert RunRecord.read(workspace / "other").state == "training"
+    call("report", "run", "other")
     assert "too few steps to tell" in said
     assert said.rstrip().endswith("wrote report.html; open it in a browser")
     text = (workspace / "report.html").read_text(encoding="utf-8")
@@ -229,10 +238,10 @@ def test_a_damaged_file_is_a_note_not_a_fault(
     (workspace / "run" / name).write_text(text, encoding="utf-8")
     record = RunRecord.read(workspace / "run")
     page = report.make_page([record])
-    is_readable = '"step": 1' not in text and (text == "" or text.endswith("}")) and name != "lock.json"  # fmt: skip
+    is_readable = '"step": 1' not in text and text.endswith("}") and name != "lock.json"
     assert bool(record.notes) != is_readable
     assert all(note.split(":")[0].endswith(name) for note in record.notes)
-    assert "cannot be read" in page or is_readable
+    assert "Notes on the files" in page or is_readable
     if name == "metrics.jsonl" and text:
         assert "1 line cannot be read" in page  # the last line is still being written
 
@@ -401,8 +410,10 @@ def test_live_follows_the_run_and_ends_calmly(
         assert server.stdout
         lines = iter(server.stdout.readline, "")
         url = next(found[0] for line in lines if (found := re.findall(r"http://\S+", line)))
+        training = ExitStack()
+        training.enter_context(locked(path))
         tab = Tab(browser, url)
-        with tab.context:
+        with tab.context, training:
             assert "live: step" in tab.page.locator(".product").inner_text()
             summary = tab.page.locator("#values-loss summary")
             summary.click()

@@ -889,7 +889,7 @@ def test_an_upload_that_was_cut_off_goes_on_where_it_was(
 def test_a_request_is_made_four_times_in_all(
     a_run: Path, hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    monkeypatch.setattr(publishing_retry, "TIMEOUT", 0.1)
+    monkeypatch.setattr(publishing_retry, "TIMEOUT", 0.2)
     troubles: list[dict[str, Any]] = [{"hang": True}, {"status": 503}, {"cut": True}]
     for trouble in troubles[
         : 2 if at == "whoami" else 3

@@ -93,7 +93,7 @@ def detect_format(
         name: data.format: a key of READERS, or auto. The columns are detected in both cases.
         mapped: data.column_map for these rows: standard name -> the column that is read for it.
         plain: True if data.chat_template is none. Otherwise, texts must not have template markers.
-        others: data.column_map for other datasets. A new data.column_map in a fix includes it.
+        others: the part of data.column_map for other datasets; errors suggest a map with it.
 
     Raises DataError if no format fits, if the rows can be read in two ways, or if a chat template
     was already applied to the texts. The error names the setting to use.
