@@ -139,7 +139,7 @@ def test_ls_lists_every_recipe_with_its_headline_base_beta_and_gpu(call: Call) -
             path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "),
         )
         base, beta = recipe.model.model_name_or_path, f"{recipe.loss.beta:g}"
-        assert re.split(r"  +", line) == [name, base, beta, gpu_sizes()[name], headline]
+        assert re.split(r"  +", line) == [name, base, "orpo", beta, gpu_sizes()[name], headline]
 
 
 def test_show_prints_the_whole_recipe_and_what_it_prints_is_that_recipe(
@@ -150,7 +150,7 @@ def test_show_prints_the_whole_recipe_and_what_it_prints_is_that_recipe(
     shown = load_recipe(str(tmp_path / "shown.yaml"))
     assert code == 0
     assert dict(shown.items()) == dict(load_recipe("llama2-7b-qlora").items())
-    assert "The paper calls it λ" in said
+    assert "the paper calls it λ" in said
 
 
 def test_cp_writes_a_recipe_to_edit_and_never_over_another(

@@ -355,7 +355,7 @@ BAD_VALUES: list[tuple[str, str, str]] = [
     ("loss.beta", "-0.1", "greater than or equal to 0"),
     ("loss.beta", "nan", "finite number"),
     ("loss.beta", "inf", "finite number"),
-    ("loss.type", "dpo", "'orpo'"),
+    ("loss.type", "kto", "'orpo'"),
     ("model.dtype", "bf16", "'bfloat16'"),
     ("model.attn_implementation", "kernels-community/flash-attn", "from the hub is not run"),
     ("data.format", "csv", "'explicit', 'implicit'"),
@@ -843,6 +843,13 @@ OWNERS: dict[str, tuple[str, str]] = {
     "loss.beta": ("trl.experimental.orpo.ORPOConfig", "beta"),
     "loss.completion_only_loss": ("trl.SFTConfig", "completion_only_loss"),
     "loss.nll_reduction": (OURS, ""),
+    "loss.dpo_loss_type": (OURS, ""),  # TRL's loss_type, which other sections would take for theirs
+    "loss.label_smoothing": ("trl.DPOConfig", "label_smoothing"),
+    "loss.rpo_alpha": (OURS, ""),  # TRL's name until loss_weights replaced it
+    "loss.cpo_alpha": ("trl.experimental.cpo.CPOConfig", "cpo_alpha"),
+    "loss.simpo_gamma": ("trl.experimental.cpo.CPOConfig", "simpo_gamma"),
+    "loss.ratio_of": (OURS, ""),
+    "loss.reference_adapter_name_or_path": (OURS, ""),
     "training.output_dir": ("transformers.TrainingArguments", "output_dir"),
     "training.learning_rate": ("transformers.TrainingArguments", "learning_rate"),
     "training.global_batch_size": (OURS, "pairs per optimizer step over all devices"),
@@ -906,18 +913,21 @@ def test_the_owners_still_call_them_so() -> None:
     import trl
 
     with warnings.catch_warnings(action="ignore"):  # TRL warns that its ORPO is experimental
+        from trl.experimental.cpo import CPOConfig
         from trl.experimental.orpo import ORPOConfig
 
+    experimental: dict[str, Any] = {"ORPOConfig": ORPOConfig, "CPOConfig": CPOConfig}
     places = {"trl": trl, "transformers": transformers, "peft": peft}
     missing = []
     for key, (owner, field) in OWNERS.items():
         if not owner:
             continue
-        thing: Any = (
-            ORPOConfig if owner.endswith(".ORPOConfig") else places[owner.partition(".")[0]]
-        )
-        for part in owner.split(".")[1:] if thing is not ORPOConfig else ():
-            thing = getattr(thing, part)
+        first, *parts = owner.split(".")
+        thing: Any = experimental.get(parts[-1])
+        if thing is None:
+            thing = places[first]
+            for part in parts:
+                thing = getattr(thing, part)
         known = (
             {f.name for f in dataclasses.fields(thing)}
             if dataclasses.is_dataclass(thing)
