@@ -35,8 +35,20 @@ from orpo_lite.model.load import load_pair_model
 WIDTH = 2_048  # tokens of TRL's packed rows
 
 
+class Known(DPOTrainer):  # type: ignore[misc]
+    """A DPOTrainer whose reference log-probabilities are known.
+
+    TRL would compute them at the start, without gradients. On some CPUs bitsandbytes then repacks
+    the 4-bit weights, and no gradient passes through them any more.
+    """
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+        zeros = [0.0] * len(dataset)
+        return dataset.add_column("ref_chosen_logps", zeros).add_column("ref_rejected_logps", zeros)
+
+
 def make_dpo_trainer(folder: str) -> Any:
-    """Return a DPOTrainer on the 4-bit base in ``folder``, ready for :func:`peers.train_step`."""
+    """Return a DPOTrainer on the 4-bit base in ``folder``, ready for :func:`trl_step`."""
     quantised = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -62,7 +74,7 @@ def make_dpo_trainer(folder: str) -> Any:
         remove_unused_columns=False,
     )
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    trainer = DPOTrainer(
+    trainer = Known(
         model=model,
         args=arguments,
         train_dataset=rows,
