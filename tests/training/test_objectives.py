@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ragged_pairs, tiny_llama
+from test_memory import MEMORY_SETTINGS, build
 from test_step import gradients, lora_model, recipe
 
 from orpo_lite.data.packing import PairFacts
@@ -110,15 +111,20 @@ def settings_of(loss: dict[str, Any], **values: Any) -> Recipe:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_objective_is_its_formula_in_every_form_of_the_step(loss: str) -> None:
-    model, settings = lora_model(tiny_llama()), settings_of(LOSSES[loss])
+    model, settings = build(), settings_of(LOSSES[loss])
     pairs, objective = pairs_for(settings.loss), find_objective(settings.loss)
     value = written_out(model, pairs, settings.loss)
     parameters = [parameter for _, parameter in model.trained()]
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
     assert expected.norm() > 1e-3
-    for form, memory in FORMS.items():
+    others = MEMORY_SETTINGS if loss in ("sft", "dpo") else {"all": MEMORY_SETTINGS["all"]}
+    forms = FORMS | {
+        name: {f"memory__{key}": str(value).lower() for key, value in memory.items()}
+        for name, memory in others.items()
+    }
+    for form, memory in forms.items():
         settings = settings_of(LOSSES[loss], **memory)
-        model.route = "shared" if settings.memory.prompt_sharing else "packed"
+        model = build(**{key.removeprefix("memory__"): value for key, value in memory.items()})
         found, parts = gradients(model, pairs, settings)
         assert (found - expected).norm() / expected.norm() < 1e-12, form
         metrics = objective.metrics(parts)

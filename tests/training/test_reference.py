@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Answer
-from test_resume import go_on, same_bits
+from test_resume import go_on, same_bits, stop_at
 
 from orpo_lite.api import train, train_events
 from orpo_lite.data import cache
@@ -78,6 +78,9 @@ def test_a_reference_is_computed_once_and_a_stopped_pass_goes_on(
     again = train(small_recipe(*DPO, "training.output_dir=again"))
     assert sum(scored) == 40  # no reference pass
     assert same_bits(again.run, resumed.run)
+    killed = stop_at(2, small_recipe(*DPO, "training.output_dir=killed"))
+    assert same_bits(go_on(killed)[1].run, again.run)
+
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "empty"))
     cache.cache_folder.cache_clear()
     whole = train(small_recipe(*DPO, "training.output_dir=whole"))
