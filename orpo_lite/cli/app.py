@@ -50,7 +50,7 @@ app = typer.Typer(
     name="orpo-lite",
     cls=_Commands,
     help="Tune a language model on preference pairs with one GPU: train a LoRA adapter on a 4-bit "
-    "base with ORPO, then merge and export it.",
+    "base with ORPO or another objective, then merge and export it.",
     epilog="Example: orpo-lite train --recipe demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

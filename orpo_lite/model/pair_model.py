@@ -79,7 +79,7 @@ class PairModel(nn.Module):
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             self.notes.append(
                 "the auxiliary loss of the model's routers (output_router_logits) is not added: "
-                "only ORPO's loss is used"
+                "the loss has only the terms of loss.type"
             )
         self.own_attention = self.config._attn_implementation
 

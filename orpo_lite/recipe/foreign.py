@@ -21,6 +21,7 @@ HELD_OUT = "all pairs of a prompt are in the same split"
 LOGGED = "leave the line out; metrics.jsonl in the run folder has the metrics of each step"
 PUSHED_ONCE = "leave the line out; the result is pushed once, at the end"
 NOT_SHARDED = "leave the line out; each GPU holds the whole base in 4 bit, so nothing is sharded"
+REFERENCE = "only for loss.type=dpo: another adapter on the same base, or base"
 ONLY_LORA = "leave the line out; only LoRA is trained, so embeddings and head do not change"
 
 FOREIGN: dict[str, tuple[str, str]] = {
@@ -151,7 +152,10 @@ FOREIGN: dict[str, tuple[str, str]] = {
         "leave the line out; the newest two checkpoints and the best one are kept",
     ),
     "dataloader_num_workers": ("", "leave the line out; tokens are read from a file"),
-    "ref_model": ("", "leave the line out; ORPO needs no reference model"),
+    "ref_model": ("loss.reference_adapter_name_or_path", REFERENCE),
+    "model_ref": ("loss.reference_adapter_name_or_path", REFERENCE),
+    "loss_type": ("loss.type", "for DPO, loss.dpo_loss_type chooses sigmoid, ipo or hinge"),
+    "pref_ftx": ("loss.rpo_alpha", "with loss.type=dpo"),
     "remove_unused_columns": ("", "leave the line out; unused columns are ignored"),
 }
 """Key of another tool -> (our key, remark). Our key is "" if we have no such key.
