@@ -45,7 +45,16 @@ from orpo_lite.runs.changes import (
     values_in_force,
 )
 from orpo_lite.runs.commands import Weights
-from orpo_lite.runs.folder import create, find_initial_adapter, locked, logged, refuse_existing
+from orpo_lite.runs.folder import (
+    INITIAL,
+    REFERENCE,
+    create,
+    find_initial_adapter,
+    find_reference_adapter,
+    locked,
+    logged,
+    refuse_existing,
+)
 from orpo_lite.runs.inputs import Inputs, prepare_inputs, with_absolute_paths
 from orpo_lite.runs.interrupt import Interrupted, collect_signals
 from orpo_lite.runs.lock import check_lock, make_lock, read_lock, with_pinned_base
@@ -53,7 +62,7 @@ from orpo_lite.runs.records import SAMPLES, Sample, read_samples
 from orpo_lite.training.adapter_files import make_adapter_files, write_adapter_files
 from orpo_lite.training.faults import explain_faults
 from orpo_lite.training.loop import train_steps
-from orpo_lite.training.reference import add_reference, reference_folder
+from orpo_lite.training.reference import add_reference
 from orpo_lite.training.result import TrainResult, keep_best, write_adapter_config
 from orpo_lite.training.session import Session, load_session, refuse_fewer_steps, restore_session
 from orpo_lite.training.state import TrainState
@@ -69,6 +78,10 @@ from orpo_lite.updates import (
 
 NO_CARD = "the model card (README.md) is not written"
 NO_REPORT = "the report (report.html) is not written"
+ADAPTER_KEYS = {
+    INITIAL: "model.adapter_name_or_path",
+    REFERENCE: "loss.reference_adapter_name_or_path",
+}
 REPORT_SHARE = 0.02
 """Share of the training's time that reports may take. The next report is written if writing the
 last one took less than this share of the time since then."""
@@ -106,9 +119,9 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     if processes.is_main:
         yield Update("note", describe_device(processes.device))
     recipe = yield from _prepare_recipe(recipe, processes, resume=resume)
-    initial = find_initial_adapter(recipe, path)
+    adapters = _find_adapters(recipe, path, objective)
     resolved = demo.resolve_builtin(recipe).override(
-        {"model.adapter_name_or_path": str(initial) if initial else None}
+        {ADAPTER_KEYS[copy]: str(folder) for copy, folder in adapters.items()}
     )
     if resume:
         resolved = with_pinned_base(resolved, read_lock(path))
@@ -122,12 +135,13 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
         adapter_files, note = make_adapter_files(inputs)
         if note:
             yield Update("note", note)
-    inputs = _only_needed(objective, resolved, inputs)
+    inputs = _only_needed(objective, inputs)
     resolved, plan = yield from choose_memory(resolved, inputs, path, processes, changed)
     inputs = replace(inputs, base=fetch_weights(inputs.base))
     check_weights(inputs.base)
     if not resume:
         check_mergeable(resolved, inputs.base)
+        _check_reference(resolved, inputs, adapters.get(REFERENCE))
     lock = make_lock(resolved, inputs)
     lock["objective"] = objective.to_json()
     dtype = choose_dtype(resolved.model.dtype, device_kind(processes.device))
@@ -139,7 +153,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     else:
         given = {key: source for key, source in recipe.sources.items() if source != "default"}
         lock |= {"licences": licences, "recipe": dict(recipe.items()), "sources": given}
-        processes.on_main(create, recipe, lock, inputs.figures, initial)
+        processes.on_main(create, recipe, lock, inputs.figures, adapters)
     if plan:
         processes.on_main(write_text, path / PLAN, to_json(plan))
     processes.wait()
@@ -154,14 +168,22 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
         return (yield from _train(resolved, inputs, path, processes, stop, resumed))
 
 
-def _only_needed(objective: Objective, recipe: Recipe, inputs: Inputs) -> Inputs:
-    """Return the inputs without rejected responses to train on if the objective needs none.
-
-    Raises:
-        OrpoLiteError: the objective needs a reference model, and its adapter cannot be found.
-    """
+def _find_adapters(recipe: Recipe, path: Path, objective: Objective) -> dict[str, Path]:
+    """Return the adapters that the training reads: name of the copy in the run -> folder."""
+    found = {INITIAL: find_initial_adapter(recipe, path)}
     if "reference" in objective.needs:
-        reference_folder(recipe)
+        found[REFERENCE] = find_reference_adapter(recipe, path)
+    return {copy: folder for copy, folder in found.items() if folder}
+
+
+def _check_reference(recipe: Recipe, inputs: Inputs, reference: Path | None) -> None:
+    """Raise ModelError if there is an adapter of the reference model that does not fit the base."""
+    if reference:
+        check_mergeable(recipe, inputs.base, reference)
+
+
+def _only_needed(objective: Objective, inputs: Inputs) -> Inputs:
+    """Return the inputs without rejected responses to train on if the objective needs none."""
     if "rejected" in objective.needs:
         return inputs
     return replace(inputs, train=inputs.train.without_rejected())

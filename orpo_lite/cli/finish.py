@@ -87,6 +87,15 @@ def push_run(run: Path, repository: str, **options: Any) -> None:
     out.print(f"pushed {len(result.files)} files: {result.page} ({visibility})")
 
 
+def _print_warnings(run: Path) -> None:
+    """Print the health verdicts of a run that are serious or warnings."""
+    from orpo_lite.evaluation.run_record import RunRecord
+
+    for finding in RunRecord.read(run).health:
+        if finding.gravity in ("serious", "warning"):
+            out.print(f"{finding.title.lower()}: {finding.reason} {finding.advice}")
+
+
 def finish(recipe: "Recipe", result: "TrainResult") -> None:
     """Print the results of a training. Merge and push the adapter if the recipe says so.
 
@@ -103,6 +112,7 @@ def finish(recipe: "Recipe", result: "TrainResult") -> None:
     if result.verdict:
         for comparison in result.verdict["comparisons"]:
             out.print(comparison["text"])
+    _print_warnings(result.run)
     _print_samples(result)
     safe = (
         f"the adapter is safe in {result.run}/adapter; continue with: {merge_command(result.run)}"

@@ -26,6 +26,7 @@ class ReferenceCache:
         """Read the file for ``key``, a hash of everything that changes the log-probabilities."""
         self.file: Path = pairs.folder / f"reference-{key}.bin"
         self._known: dict[int, tuple[float, float]] = {}
+        self._is_writable = True
         content = self.file.read_bytes() if self.file.is_file() else b""
         size = len(content) // RECORD.itemsize * RECORD.itemsize
         for record in np.frombuffer(content[:size], RECORD):
@@ -38,24 +39,35 @@ class ReferenceCache:
         """Return the rows whose log-probabilities are not known, in the given order."""
         return [row for row in rows if row not in self._known]
 
-    def add(self, rows: Sequence[int], logps_P2: NDArray[np.float64], *, write: bool) -> None:
-        """Add the log-probabilities of P rows, shape (P, 2). ``write``: append them to the file."""
+    def add(
+        self, rows: Sequence[int], logps_P2: NDArray[np.float64], *, write: bool
+    ) -> OSError | None:
+        """Add the log-probabilities of P rows, shape (P, 2). ``write``: append them to the file.
+
+        If the file cannot be written, return the error. After that, nothing more is written.
+        """
         self._known |= dict(zip(rows, map(tuple, logps_P2.tolist()), strict=True))
-        if not write:
-            return
+        if not write or not self._is_writable:
+            return None
         records = np.zeros(len(rows), RECORD)
         records["row"] = rows
         records["chosen"], records["rejected"] = logps_P2.T
         for record in records:
             record["crc"] = zlib.crc32(record.tobytes()[:CHECKED])
-        if not self._is_whole:  # drop the record that a killed process has not finished
-            size = self.file.stat().st_size // RECORD.itemsize * RECORD.itemsize
-            os.truncate(self.file, size)
-            self._is_whole = True
-        with self.file.open("ab") as stream:
-            stream.write(records.tobytes())
+        try:
+            if not self._is_whole:  # drop the record that a killed process has not finished
+                size = self.file.stat().st_size // RECORD.itemsize * RECORD.itemsize
+                os.truncate(self.file, size)
+                self._is_whole = True
+            with self.file.open("ab") as stream:
+                stream.write(records.tobytes())
+        except OSError as error:
+            self._is_writable = False
+            return error
+        return None
 
     def values(self, rows: Sequence[int]) -> NDArray[np.float64]:
         """Return the log-probabilities of P rows, shape (P, 2). An unknown row has NaN."""
         unknown = (np.nan, np.nan)
-        return np.array([self._known.get(row, unknown) for row in rows], dtype=np.float64)
+        values = [self._known.get(row, unknown) for row in rows]
+        return np.array(values, dtype=np.float64).reshape(-1, 2)

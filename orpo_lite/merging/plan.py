@@ -61,11 +61,16 @@ class AdaptedLayer:
     """Part of the adapter -> (name in the file without ".weight", shape)."""
 
 
-def check_mergeable(recipe: Recipe, base: Base) -> None:
-    """Raise ModelError before a training if its adapter could not be merged later."""
-    name = recipe.model.adapter_name_or_path
+def check_mergeable(recipe: Recipe, base: Base, reference: Path | None = None) -> None:
+    """Raise ModelError before a training if its adapter could not be merged later.
+
+    ``reference``: check this adapter instead, which is the one of the reference model.
+    """
+    name = str(reference) if reference else recipe.model.adapter_name_or_path
     fix = Overrides({"lora.target_modules": "all-linear"})
-    if name:
+    if reference:
+        fix = Overrides({"loss.reference_adapter_name_or_path": None}, ", or an adapter that fits")
+    elif name:
         fix = Overrides({"model.adapter_name_or_path": None}, ", which trains a new adapter")
     try:
         plan = make_plan(

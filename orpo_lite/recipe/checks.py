@@ -37,6 +37,7 @@ def contradictions(recipe: Recipe) -> Iterator[RecipeError]:
             found=f"data.test_split_size: {data.test_split_size}",
             expected="a share below 1, or a whole number of pairs",
         )
+    yield from _settings_of_losses(recipe)
     if not memory.packing:
         yield from _settings_of_packing(recipe)
     if memory.checkpoint_offload is True and memory.activation_checkpointing in ("none", 0):
@@ -63,6 +64,49 @@ def contradictions(recipe: Recipe) -> Iterator[RecipeError]:
             "quantization.bnb_4bit_compute_dtype",
             "a 4-bit base, because only 4-bit weights have a compute dtype",
             "set model.dtype instead",
+        )
+
+
+LOSSES_WITH: dict[str, tuple[str, ...]] = {
+    "dpo_loss_type": ("dpo",),
+    "label_smoothing": ("dpo", "cpo", "simpo"),
+    "rpo_alpha": ("dpo",),
+    "reference_adapter_name_or_path": ("dpo",),
+    "cpo_alpha": ("cpo", "simpo"),
+    "simpo_gamma": ("simpo",),
+    "ratio_of": ("probability_ratio",),
+}
+"""Key of the section loss -> the values of ``loss.type`` that use it."""
+
+
+def _settings_of_losses(recipe: Recipe) -> Iterator[RecipeError]:
+    """Yield an error for each chosen setting of a loss that another loss does not use."""
+    loss = recipe.loss
+    for key, types in LOSSES_WITH.items():
+        is_chosen = getattr(loss, key) != type(loss).model_fields[key].default
+        if is_chosen and loss.type not in types:
+            yield _contradiction(
+                recipe,
+                f"loss.{key}",
+                "loss.type",
+                f"loss.type {' or '.join(types)}, because {key} has no effect on other losses",
+                {"loss.type": types[0]},
+            )
+    if loss.type == "dpo" and loss.dpo_loss_type != "sigmoid" and loss.label_smoothing:
+        yield _contradiction(
+            recipe,
+            "loss.label_smoothing",
+            "loss.dpo_loss_type",
+            "sigmoid, because label_smoothing has no effect on the other functions",
+            {"loss.dpo_loss_type": "sigmoid"},
+        )
+    if loss.type in ("dpo", "cpo", "simpo") and loss.beta == 0:
+        yield _contradiction(
+            recipe,
+            "loss.beta",
+            "loss.type",
+            "a beta above 0, because with 0 the loss compares nothing",
+            {"loss.beta": 0.1},
         )
 
 

@@ -107,22 +107,22 @@ def refuse_existing(recipe: Recipe) -> None:
         )
 
 
-INITIAL = "initial_adapter"
+INITIAL, REFERENCE = "initial_adapter", "reference_adapter"
 
 
 def create(
-    recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any], initial: Path | None
+    recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any], adapters: Mapping[str, Path]
 ) -> Path:
-    """Create the run folder with recipe.yaml, lock.json and data.json.
-
-    If the training starts from an adapter, copy the adapter into the run folder.
+    """Create the run folder with recipe.yaml, lock.json and data.json, and copy adapters into it.
 
     Args:
         recipe: the content of recipe.yaml.
         lock: the content of lock.json.
         data: the content of data.json.
-        initial: the folder of the adapter that the training starts from, or None. A resumed run
-            reads the copy of this adapter, because the original may have changed.
+        adapters: name of a copy -> the folder of an adapter that the training reads: the adapter
+            that it starts from (:data:`INITIAL`), and that of the reference model
+            (:data:`REFERENCE`). A resumed run reads the copies, because the originals may have
+            changed.
 
     Raises:
         CheckpointError: the folder is not empty, or cannot be written.
@@ -131,10 +131,10 @@ def create(
     path = Path(recipe.training.output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if initial:
-            with new_folder(path / INITIAL) as folder:
+        for copy, original in adapters.items():
+            with new_folder(path / copy) as folder:
                 for name in ADAPTER:
-                    shutil.copyfile(initial / name, folder / name)
+                    shutil.copyfile(original / name, folder / name)
         write_text(path / "data.json", to_json(data))
         write_text(path / "lock.json", to_json(lock))
         # recipe.yaml is written last: it marks the folder as a run.
@@ -155,6 +155,18 @@ def find_initial_adapter(recipe: Recipe, path: Path) -> Path | None:
     if name is None:
         return None
     return path / INITIAL if (path / INITIAL).is_dir() else find_adapter(name)
+
+
+def find_reference_adapter(recipe: Recipe, path: Path) -> Path | None:
+    """Return the folder of the adapter that ``loss.reference_adapter_name_or_path`` names.
+
+    Return None if it names none, or the base. If the run folder ``path`` has a copy of the adapter,
+    return the folder of the copy.
+    """
+    key, name = "loss.reference_adapter_name_or_path", recipe.loss.reference_adapter_name_or_path
+    if name is None or name == "base":
+        return None
+    return path / REFERENCE if (path / REFERENCE).is_dir() else find_adapter(name, key)
 
 
 def find_finished_adapter(path: Path) -> Path:

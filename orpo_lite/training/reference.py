@@ -16,22 +16,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
 
 from orpo_lite.base.adapter import find_adapter, read_adapter_config
+from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.packing import epoch_order
 from orpo_lite.data.reference_cache import ReferenceCache
+from orpo_lite.errors import ModelError, Overrides
+from orpo_lite.model.adapter import BASE_LAYER
 from orpo_lite.model.held_out import score
 from orpo_lite.model.load import choose_dtype
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.ops.devices import device_kind, dtype_name
+from orpo_lite.ops.devices import device_kind, dtype_name, is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.folder import adapter_sha256
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.training.session import Session
-from orpo_lite.updates import Update, run_to_end, staged
+from orpo_lite.updates import Update, failure, run_to_end, staged
 
 BASE = "base"
+NAME = "reference"  # of the adapter in peft
 STAGE = "computing log-probabilities of the reference model"
 Switch = Callable[[], AbstractContextManager[None]]
 BLOCK = 64
@@ -44,18 +50,9 @@ def reference_folder(recipe: Recipe) -> Path | None:
 
     By default the reference is the model before the first step: the adapter that the training
     starts from, or the base.
-
-    Raises:
-        OrpoLiteError: the adapter cannot be found, or its configuration is not supported.
     """
-    key, name = "loss.reference_adapter_name_or_path", recipe.loss.reference_adapter_name_or_path
-    if name is None:
-        key, name = "model.adapter_name_or_path", recipe.model.adapter_name_or_path
-    if name is None or name == BASE:
-        return None
-    folder = find_adapter(name, key)
-    read_adapter_config(folder)
-    return folder
+    name = recipe.loss.reference_adapter_name_or_path or recipe.model.adapter_name_or_path
+    return None if name is None or name == BASE else find_adapter(name)
 
 
 def add_reference(session: Session) -> Generator[Update, None, None]:
@@ -126,7 +123,8 @@ def _fill(
         with use():
             scores = run_to_end(staged(STAGE, task), lambda _: None)
         values = np.stack([scores.chosen_P.numpy(), scores.rejected_P.numpy()], 1)
-        cache.add(block, values, write=session.processes.is_main)
+        if fault := cache.add(block, values, write=session.processes.is_main):
+            yield failure("the log-probabilities of the reference are not kept on disk", fault)
         done += len(block)
 
 
@@ -163,13 +161,25 @@ def _reference_model(model: PairModel, folder: Path | None) -> Iterator[Switch]:
     if folder is None:
         yield model.without_adapter
         return
+    read_adapter_config(folder)
     wrapped: Any = model.model
-    # Without torch_device, peft would use a GPU even if the model is on the CPU.
-    wrapped.load_adapter(str(folder), adapter_name="reference", torch_device=str(model.device))
+    try:
+        # Without torch_device, peft would use a GPU even if the model is on the CPU.
+        wrapped.load_adapter(str(folder), adapter_name=NAME, torch_device=str(model.device))
+    except RuntimeError as error:
+        if is_out_of_memory(error) or "size mismatch" not in str(error):
+            raise
+        raise _misfit(folder, "its tensors have other shapes than the base needs") from error
+    # peft ignores tensors that match nothing, and leaves out layers without tensors.
+    own = get_peft_model_state_dict(wrapped, adapter_name=NAME, save_embedding_layers=False)
+    with safe_open(folder / ADAPTER_WEIGHTS, "np") as file:
+        given = {name for name in file.keys() if not name.endswith(BASE_LAYER)}  # noqa: SIM118
+    if differing := own.keys() ^ given:
+        raise _misfit(folder, f"{len(differing)} tensors do not match, such as {min(differing)}")
 
     @contextmanager
     def use() -> Iterator[None]:
-        wrapped.set_adapter("reference")
+        wrapped.set_adapter(NAME)
         try:
             yield
         finally:
@@ -178,5 +188,14 @@ def _reference_model(model: PairModel, folder: Path | None) -> Iterator[Switch]:
     try:
         yield use
     finally:
-        wrapped.delete_adapter("reference")
+        wrapped.delete_adapter(NAME)
         wrapped.set_adapter("default")
+
+
+def _misfit(folder: Path, found: str) -> ModelError:
+    return ModelError(
+        where=f"reference adapter {folder}",
+        found=f"does not fit the base: {found}",
+        expected="an adapter that was trained on this base",
+        fix=Overrides({"loss.reference_adapter_name_or_path": None}, ", or an adapter that fits"),
+    )

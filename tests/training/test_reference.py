@@ -1,6 +1,7 @@
 """The reference pass: computed once, kept, resumed with equal bits, by the base or an adapter."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Answer
+from safetensors.torch import load_file, save_file
 from test_resume import go_on, same_bits, stop_at
 
 from orpo_lite.api import train, train_events
 from orpo_lite.data import cache
 from orpo_lite.data.reference_cache import RECORD
+from orpo_lite.errors import ModelError
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.records import read_metrics
@@ -139,6 +142,49 @@ def test_the_reference_is_the_start_of_the_training_or_a_named_adapter(
     assert code == 8, complaint
     assert "nowhere" in complaint
     assert not Path("d").exists()
+
+
+def test_a_resumed_run_has_the_reference_that_it_began_with(small_recipe: Build) -> None:
+    first = train(small_recipe("loss.type=sft", "output.samples=0", "training.max_steps=1"))
+    shutil.copytree(first.run / "adapter", "named")
+    named = ("loss.reference_adapter_name_or_path=named", "data.test_split_size=0")
+    stop_at(1, small_recipe(*DPO, *named, "training.output_dir=dpo"))
+    kept = (Path("dpo") / "reference_adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree("named")
+    go_on(Path("dpo"))
+    assert (Path("dpo") / "reference_adapter" / "adapter_model.safetensors").read_bytes() == kept
+
+
+@pytest.mark.parametrize("fault", ["renamed", "partial", "shapes"])
+def test_a_reference_that_does_not_fit_is_refused(
+    trained: Any, small_recipe: Build, fault: str
+) -> None:
+    shutil.copytree(Path("run") / "adapter", "other")
+    file = Path("other") / "adapter_model.safetensors"
+    tensors = load_file(file)
+    if fault == "renamed":
+        tensors = {name.replace("self_attn", "attention"): t for name, t in tensors.items()}
+    elif fault == "partial":
+        tensors = {name: tensor for name, tensor in tensors.items() if ".layers.0." in name}
+    else:
+        tensors = {name: torch.cat([tensor, tensor], 1) for name, tensor in tensors.items()}
+    save_file(tensors, file)
+    with pytest.raises(ModelError):
+        train(
+            small_recipe(
+                *DPO, "loss.reference_adapter_name_or_path=other", "training.output_dir=dpo"
+            )
+        )
+
+
+def test_a_cache_that_cannot_be_written_is_a_note(small_recipe: Build, own_cache: Path) -> None:
+    train(small_recipe(*DPO, "training.output_dir=one"))
+    (file,) = own_cache.glob("*/reference-*.bin")
+    file.unlink()
+    file.mkdir()
+    said = [update.text for update in train_events(small_recipe(*DPO, "training.output_dir=two"))]
+    assert sum("not kept on disk" in text for text in said) == 2  # of the two splits
+    assert same_bits(Path("one"), Path("two"))
 
 
 def test_sft_trains_on_chosen_replies_only(small_recipe: Build) -> None:
