@@ -11,16 +11,17 @@ from orpo_lite.runs.commands import resume_command
 
 
 class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
-    """A signal stopped the training. The current step was finished and saved.
+    """A signal stopped the training. The current work was finished and saved.
 
     Args:
         number: the number of the signal.
         path: the run folder.
+        saved: what was saved.
     """
 
-    def __init__(self, number: int, path: Path) -> None:
+    def __init__(self, number: int, path: Path, saved: str = "the last step is saved") -> None:
         name = signal.Signals(number).name
-        found = f"{name} stopped the training; the last step is saved"
+        found = f"{name} stopped the training; {saved}"
         super().__init__(found=found, fix=resume_command(path))
         self.exit_code = 128 + number
 

@@ -111,7 +111,7 @@ def _fill(
         yield Update("stage", STAGE, done, total)
         if session.processes.any(bool(session.signals)):
             number = session.signals[0] if session.signals else signal.SIGTERM
-            raise Interrupted(number, session.path)
+            raise Interrupted(number, session.path, "the computed log-probabilities are saved")
         chosen = pairs.select([place[row] for row in block])
         task = score(
             session.pair_model,

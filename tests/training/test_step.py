@@ -302,7 +302,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     here = Path(__file__).parent
-    launch += [str(script), str(tmp_path), str(here), str(here.parent)]
+    launch += [str(script), str(tmp_path), str(here), str(here.parent), str(here.parent / "model")]
     done = subprocess.run(launch, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     saved = torch.load(tmp_path / "gradients.pt")
