@@ -46,11 +46,9 @@ from orpo_lite.runs.changes import (
 )
 from orpo_lite.runs.commands import Weights
 from orpo_lite.runs.folder import (
-    INITIAL,
-    REFERENCE,
+    COPIES,
     create,
-    find_initial_adapter,
-    find_reference_adapter,
+    find_read_adapters,
     locked,
     logged,
     refuse_existing,
@@ -78,10 +76,6 @@ from orpo_lite.updates import (
 
 NO_CARD = "the model card (README.md) is not written"
 NO_REPORT = "the report (report.html) is not written"
-ADAPTER_KEYS = {
-    INITIAL: "model.adapter_name_or_path",
-    REFERENCE: "loss.reference_adapter_name_or_path",
-}
 REPORT_SHARE = 0.02
 """Share of the training's time that reports may take. The next report is written if writing the
 last one took less than this share of the time since then."""
@@ -119,9 +113,9 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     if processes.is_main:
         yield Update("note", describe_device(processes.device))
     recipe = yield from _prepare_recipe(recipe, processes, resume=resume)
-    adapters = _find_adapters(recipe, path, objective)
+    adapters = find_read_adapters(recipe, path)
     resolved = demo.resolve_builtin(recipe).override(
-        {ADAPTER_KEYS[copy]: str(folder) for copy, folder in adapters.items()}
+        {COPIES[copy]: str(folder) for copy, folder in adapters.items()}
     )
     if resume:
         resolved = with_pinned_base(resolved, read_lock(path))
@@ -141,7 +135,6 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     check_weights(inputs.base)
     if not resume:
         check_mergeable(resolved, inputs.base)
-        _check_reference(resolved, inputs, adapters.get(REFERENCE))
     lock = make_lock(resolved, inputs)
     lock["objective"] = objective.to_json()
     dtype = choose_dtype(resolved.model.dtype, device_kind(processes.device))
@@ -166,20 +159,6 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
         stack.enter_context(explain_faults(resolved, inputs.base.config, path))
         resumed = _ResumedRun(recipe, changed, lock) if resume else None
         return (yield from _train(resolved, inputs, path, processes, stop, resumed))
-
-
-def _find_adapters(recipe: Recipe, path: Path, objective: Objective) -> dict[str, Path]:
-    """Return the adapters that the training reads: name of the copy in the run -> folder."""
-    found = {INITIAL: find_initial_adapter(recipe, path)}
-    if "reference" in objective.needs:
-        found[REFERENCE] = find_reference_adapter(recipe, path)
-    return {copy: folder for copy, folder in found.items() if folder}
-
-
-def _check_reference(recipe: Recipe, inputs: Inputs, reference: Path | None) -> None:
-    """Raise ModelError if there is an adapter of the reference model that does not fit the base."""
-    if reference:
-        check_mergeable(recipe, inputs.base, reference)
 
 
 def _only_needed(objective: Objective, inputs: Inputs) -> Inputs:

@@ -29,6 +29,7 @@ from orpo_lite.data.chat_template import (
     template_file,
 )
 from orpo_lite.data.formats.columns import NOTABLE_SHARE
+from orpo_lite.data.formats.text import LONE_SURROGATE
 from orpo_lite.data.formats.values import is_templated
 from orpo_lite.data.pair import Message, Pair
 from orpo_lite.data.pairs import ALLOWED_BAD_ROWS, Drops, PairReader
@@ -337,8 +338,7 @@ class PromptTokenizer(AbstractContextManager["PromptTokenizer"]):
             )
             for number, conversation in enumerate(conversations, 1)
         ]
-        # A lone surrogate, which is half a character, has no UTF-8 form and no tokens.
-        broken = {pair.where for pair in pairs if not _is_unicode(pair.prompt_text or "")}
+        broken = {pair.where for pair in pairs if LONE_SURROGATE.search(pair.prompt_text or "")}
         whole = [pair for pair in pairs if pair.where not in broken]
         found = {
             pair.where: tokens
@@ -352,14 +352,6 @@ class PromptTokenizer(AbstractContextManager["PromptTokenizer"]):
         if turn["role"] != "assistant":
             return turn
         return {**turn, "content": self.template.special.sub("", turn["content"])}
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _renderer(template: Template) -> Renderer:

@@ -51,7 +51,9 @@ def doctor_events(recipe: Recipe | None = None) -> Generator[Update, None, list[
     if recipe is not None:
         is_online = all(check.state == "ok" for check in found if check.name == "hub")
         yield Update("stage", "checking: recipe")
-        found += run_check("recipe", partial(check_recipe, recipe, is_online=is_online), PLAN_LIMIT)
+        checks = run_check("recipe", partial(check_recipe, recipe, is_online=is_online), PLAN_LIMIT)
+        private = _private_names(recipe)
+        found += [replace(check, private=private) for check in checks]
     return found
 
 
@@ -68,11 +70,9 @@ def check_recipe(recipe: Recipe, *, is_online: bool) -> Iterator[Check]:
     from orpo_lite.planning.search import does_not_fit
     from orpo_lite.recipe.text import gib
 
-    private = _private_names(recipe)
     can_download = is_online and not constants.is_offline_mode()
     for name, check in CHECKS_OF_RECIPE:
-        for one in run_check(name, partial(check, recipe, can_download), TIME_LIMIT):
-            yield replace(one, private=private)
+        yield from run_check(name, partial(check, recipe, can_download), TIME_LIMIT)
     report = plan(recipe)
     needed = f"{gib(report.plan.needed)} of GPU memory"
     if report.plan.fits and report.local is None and recipe.memory.budget == "auto":
@@ -81,7 +81,7 @@ def check_recipe(recipe: Recipe, *, is_online: bool) -> Iterator[Check]:
         yield Check("plan", "ok", f"fits: needs {needed} (limit: {gib(report.plan.budget or 0)})")
     else:
         error = does_not_fit(report.plan, report.changes)
-        yield Check("plan", "fault", f"does not fit: {error.found}", error.fix, private)
+        yield Check("plan", "fault", f"does not fit: {error.found}", error.fix)
     if report.plan.measured.host > free_ram():
         found = (
             f"needs {gib(report.plan.measured.host)} of RAM, but only {gib(free_ram())} are free"

@@ -6,7 +6,6 @@ prompts are answered. If the file of answers is finished, the same command does 
 
 import hashlib
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from orpo_lite.data.formats.text import LONE_SURROGATE
 from orpo_lite.data.pair import Message
 from orpo_lite.errors import RecipeError
 from orpo_lite.evaluation.graders import FORMATS, Question, read_questions
@@ -25,7 +25,6 @@ from orpo_lite.runs.folder import adapter_sha256
 from orpo_lite.updates import Update
 
 SEED = 42
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.prepare import find_sources
@@ -27,7 +25,7 @@ from orpo_lite.evaluation.open_run import (
     load_model,
 )
 from orpo_lite.evaluation.score import score_pairs
-from orpo_lite.model.adapter import set_adapter
+from orpo_lite.model.adapter import read_adapter, set_adapter
 from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import DataSection, Recipe
@@ -337,8 +335,7 @@ def _score_all(
         for name, model in sorted(found.items(), key=lambda item: str(_base_key(item[1]))):
             pairs, recipe = pairs_of[name].pairs, pairs_of[name].recipe
             if opened and model.adapter and _fits_into(model, opened):
-                file = model.adapter / ADAPTER_WEIGHTS
-                set_adapter(opened.model, load_file(file))
+                set_adapter(opened.model, read_adapter(model.adapter))
             else:
                 opened = None  # free the memory before the next model is loaded
                 yield Update("stage", f"loading {name}")

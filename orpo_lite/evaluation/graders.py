@@ -9,7 +9,7 @@ from typing import Any
 from orpo_lite.data.pair import Message
 from orpo_lite.data.sources.files import read_file
 from orpo_lite.data.sources.lines import File
-from orpo_lite.errors import DataError, raise_all
+from orpo_lite.errors import DataError, raise_all, reworded
 
 # FastChat, fastchat/llm_judge/common.py, temperature_config; other categories are greedy.
 MT_BENCH_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -143,7 +143,7 @@ def _rows(path: Path, faults: list[DataError]) -> Iterator[tuple[str, Any]]:
     try:
         yield from read_file(File(path, path.name), faults)
     except DataError as error:
-        fix = str(error.fix).replace("data.dataset_name=", "--prompts ")
+        fix = reworded(error.fix, error.fix.replace("data.dataset_name=", "--prompts "))
         raise DataError(
             where=error.where, found=error.found, expected=error.expected, fix=fix
         ) from error

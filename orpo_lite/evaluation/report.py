@@ -20,7 +20,7 @@ from orpo_lite.runs.atomic import write_text
 from orpo_lite.runs.records import REPORT
 
 MOST_RUNS = 8
-MARK = b"orpo-lite report"  # bytes that every report contains
+MARK, HEAD = b"orpo-lite report", 4096  # every report contains MARK in its first HEAD bytes
 
 
 class Spec(NamedTuple):
@@ -112,13 +112,18 @@ def report(
     )
 
 
+def _is_report(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return MARK in stream.read(HEAD)
+
+
 def _refuse_other_file(file: Path) -> None:
     """Raise :class:`RecipeError` if a path exists and is not a report that this package wrote."""
     if not file.exists():
         return
     if file.is_dir():
         found, free = "is a folder", file / REPORT
-    elif MARK in file.read_bytes():
+    elif _is_report(file):
         return
     else:
         found, free = "exists already and is not a report", file.with_name(REPORT)

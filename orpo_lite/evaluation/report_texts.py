@@ -34,9 +34,7 @@ def run_texts(record: RunRecord, label: str, data_texts: bool) -> dict[str, Any]
         "path": path,
         "facts": [*_facts(record, data_texts)],
         "state": record.state,
-        "resume": resume_command(record.path).line
-        if data_texts
-        else "orpo-lite train --resume RUN",
+        "resume": resume_command(record.path if data_texts else Path("RUN")).line,
         "steps": record.steps,
         "planned": record.planned_steps,
         "verdicts": verdicts,

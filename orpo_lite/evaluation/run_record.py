@@ -169,7 +169,7 @@ class RunRecord:
 
         ``path`` is the run folder as the command should name it.
         """
-        if finding.advice == ADVICE["stopped"]:
+        if finding.name == "too-few-steps" and self.state == "stopped":
             return resume_command(path).line
         return new_run_command(path, finding.values).line if finding.values else ""
 

@@ -61,17 +61,23 @@ class AdaptedLayer:
     """Part of the adapter -> (name in the file without ".weight", shape)."""
 
 
-def check_mergeable(recipe: Recipe, base: Base, reference: Path | None = None) -> None:
-    """Raise ModelError before a training if its adapter could not be merged later.
+def check_mergeable(recipe: Recipe, base: Base) -> None:
+    """Raise ModelError before a training if an adapter does not fit the base.
 
-    ``reference``: check this adapter instead, which is the one of the reference model.
+    The adapters are the one to train, which must be mergeable later, and that of the reference
+    model if there is one.
     """
-    name = str(reference) if reference else recipe.model.adapter_name_or_path
+    name = recipe.model.adapter_name_or_path
     fix = Overrides({"lora.target_modules": "all-linear"})
-    if reference:
-        fix = Overrides({"loss.reference_adapter_name_or_path": None}, ", or an adapter that fits")
-    elif name:
+    if name:
         fix = Overrides({"model.adapter_name_or_path": None}, ", which trains a new adapter")
+    _check_adapter(recipe, base, name, fix)
+    if reference := recipe.loss.reference_adapter:
+        fix = Overrides({"loss.reference_adapter_name_or_path": None}, ", or an adapter that fits")
+        _check_adapter(recipe, base, reference, fix)
+
+
+def _check_adapter(recipe: Recipe, base: Base, name: str | None, fix: Overrides) -> None:
     try:
         plan = make_plan(
             base, find_adapter(name) if name else None, stored_tensors(base.path), recipe

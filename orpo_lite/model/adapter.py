@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from orpo_lite.base.adapter import read_adapter_config
+from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.errors import ModelError, Overrides, RecipeError, first_line
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.quantize import bypassed_layers
@@ -111,14 +114,29 @@ def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
             b_OR.copy_(torch.randn(b_OR.shape[0], rank // 2) @ rows_RR[1::2] / 10)
 
 
-def adapter_tensors(model: PairModel) -> dict[str, Tensor]:
+def adapter_tensors(model: PairModel, name: str = "default") -> dict[str, Tensor]:
     """Return a dict: peft's name of an adapter tensor -> the tensor on the CPU."""
     # By default peft would save an adapted embedding too, and would ask the hub about it.
-    state: dict[str, Tensor] = get_peft_model_state_dict(model.model, save_embedding_layers=False)
+    state: dict[str, Tensor] = get_peft_model_state_dict(
+        model.model, adapter_name=name, save_embedding_layers=False
+    )
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
 
 
-def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's folder. Raise ModelError if the file is damaged."""
+    file = folder / ADAPTER_WEIGHTS
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            where=str(file),
+            found=f"cannot be read: {error}",
+            expected="a complete safetensors file",
+        ) from error
+
+
+def set_adapter(model: PairModel, tensors: dict[str, Tensor], name: str = "default") -> None:
     """Copy ``tensors`` into the model's adapter. Tensors of the base are ignored.
 
     The tensors are a result of :func:`adapter_tensors`, or they come from a file that peft saved.
@@ -128,7 +146,7 @@ def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
         ModelError: the names or shapes differ from the model's adapter.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(BASE_LAYER)}
-    own = {name: tensor.shape for name, tensor in adapter_tensors(model).items()}
+    own = {name: tensor.shape for name, tensor in adapter_tensors(model, name).items()}
     given = {name: tensor.shape for name, tensor in tensors.items()}
     differing = {name for name, _ in own.items() ^ given.items()}
     if differing:
@@ -138,4 +156,4 @@ def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
             f"{min(differing)} (in all: {len(differing)})",
             expected="an adapter with the settings of this recipe",
         )
-    set_peft_model_state_dict(model.model, tensors)
+    set_peft_model_state_dict(model.model, tensors, adapter_name=name)

@@ -66,13 +66,10 @@ def score(
     The scores have the same form as in :func:`evaluate`. ``processes`` divide the pairs among them;
     if it is None, each process that calls this function computes the scores of all pairs.
     """
-    if processes is None:
-        passes = yield from _forward(model, pairs, recipe, pad_id=pad_id)
-        return PairLogps(*_in_order(passes, len(pairs), model.device).cpu())
-    rank, world = processes.rank, processes.count
+    rank, world = (processes.rank, processes.count) if processes else (0, 1)
     passes = yield from _forward(model, pairs, recipe, pad_id=pad_id, rank=rank, world=world)
-    scores = _in_order(passes, len(pairs), processes.device)
-    return PairLogps(*processes.sum(scores).cpu())
+    scores = _in_order(passes, len(pairs), model.device)
+    return PairLogps(*(processes.sum(scores) if processes else scores).cpu())
 
 
 def _forward(

@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from orpo_lite.base.adapter import base_of_adapter, find_adapter, same_base
-from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.base.find import Base
 from orpo_lite.errors import FitError, ModelError, Overrides, first_line
-from orpo_lite.model.adapter import add_lora, set_adapter
+from orpo_lite.model.adapter import add_lora, read_adapter, set_adapter
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.quantize import (
@@ -70,16 +68,7 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
                 f"trained on {trained_on}, but the base is {base.name}; an adapter is useless on "
                 "another base"
             )
-        file = folder / ADAPTER_WEIGHTS
-        try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                where=str(file),
-                found=f"cannot be read: {error}",
-                expected="a complete safetensors file",
-            ) from error
-        set_adapter(pair_model, tensors)
+        set_adapter(pair_model, read_adapter(folder))
     return pair_model
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts
-from orpo_lite.objectives.pairwise import PairwiseObjective, smoothed_log_sigmoid, summed
+from orpo_lite.objectives.pairwise import PairwiseObjective, smoothed_log_sigmoid, times_tokens
 from orpo_lite.ops.outputs import PairLogps
 
 
@@ -21,7 +21,7 @@ class Cpo(PairwiseObjective):
 
     def scores(self, logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
         """Return the summed log-probabilities."""
-        return summed(logps, facts)
+        return times_tokens(logps.chosen_P, logps.rejected_P, facts)
 
     def pair_loss(self, difference_P: Tensor) -> Tensor:
         """Return the loss of each pair, shape (P,)."""

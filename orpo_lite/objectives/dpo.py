@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts
-from orpo_lite.objectives.pairwise import PairwiseObjective, smoothed_log_sigmoid
+from orpo_lite.objectives.pairwise import PairwiseObjective, smoothed_log_sigmoid, times_tokens
 from orpo_lite.ops.outputs import PairLogps
 
 
@@ -26,9 +26,17 @@ class Dpo(PairwiseObjective):
         return self.settings.rpo_alpha or 0.0
 
     def scores(self, logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
-        """Return the log-ratios. For ``ipo`` they are means over tokens, else sums."""
-        ratios = _mean_log_ratios(logps, facts)
-        return ratios if self.settings.dpo_loss_type == "ipo" else _times_tokens(ratios, facts)
+        """Return the log-ratios to the reference model, summed over a response's tokens."""
+        chosen_P = logps.chosen_P - facts.ref_chosen_P.to(logps.chosen_P.dtype)
+        rejected_P = logps.rejected_P - facts.ref_rejected_P.to(logps.rejected_P.dtype)
+        return times_tokens(chosen_P, rejected_P, facts)
+
+    def difference(self, chosen_P: Tensor, rejected_P: Tensor, facts: PairFacts) -> Tensor:
+        """Return the difference of the log-ratios. For ``ipo`` they are means over tokens."""
+        if self.settings.dpo_loss_type == "ipo":
+            chosen_P = chosen_P / facts.chosen_tokens_P.to(chosen_P.dtype)
+            rejected_P = rejected_P / facts.rejected_tokens_P.to(rejected_P.dtype)
+        return chosen_P - rejected_P
 
     def pair_loss(self, difference_P: Tensor) -> Tensor:
         """Return the loss of each pair, shape (P,)."""
@@ -39,13 +47,6 @@ class Dpo(PairwiseObjective):
             return torch.relu(1 - beta * difference_P)
         return smoothed_log_sigmoid(beta * difference_P, self.settings.label_smoothing)
 
-    def rewards(
-        self, chosen_P: Tensor, rejected_P: Tensor, logps: PairLogps, facts: PairFacts
-    ) -> tuple[Tensor, Tensor]:
-        """Return beta times the summed log-ratios, also for ``ipo``."""
-        chosen_P, rejected_P = _times_tokens(_mean_log_ratios(logps, facts), facts)
-        return self.settings.beta * chosen_P, self.settings.beta * rejected_P
-
     def described(self) -> list[tuple[str, str]]:
         """Return the settings of the loss, its function, and the reference model."""
         named = self.settings.reference_adapter_name_or_path
@@ -54,20 +55,6 @@ class Dpo(PairwiseObjective):
         )
         function = ("function (`loss.dpo_loss_type`)", self.settings.dpo_loss_type)
         return [*super().described(), function, ("reference model", reference)]
-
-
-def _mean_log_ratios(logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
-    """Return the log-ratios to the reference model, as means over a response's tokens."""
-    chosen_P = logps.chosen_P - facts.ref_chosen_P.to(logps.chosen_P.dtype)
-    return chosen_P, logps.rejected_P - facts.ref_rejected_P.to(logps.rejected_P.dtype)
-
-
-def _times_tokens(means: tuple[Tensor, Tensor], facts: PairFacts) -> tuple[Tensor, Tensor]:
-    chosen_P, rejected_P = means
-    return (
-        chosen_P * facts.chosen_tokens_P.to(chosen_P.dtype),
-        rejected_P * facts.rejected_tokens_P.to(rejected_P.dtype),
-    )
 
 
 OBJECTIVE = Dpo

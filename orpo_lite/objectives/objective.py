@@ -56,6 +56,10 @@ class Metric(NamedTuple):
     """True if the metric is a share of the pairs. A share is printed in percent."""
 
 
+LOSS = Metric("loss", "loss", "loss", "loss")
+NLL = Metric("nll_loss", "NLL of the chosen", "NLL of the chosen", "nll")
+
+
 class Objective(ABC):
     """A loss on preference pairs with the settings of one recipe."""
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts
-from orpo_lite.objectives.objective import Divisors, Metric, Objective, mean_nll
+from orpo_lite.objectives.objective import LOSS, NLL, Divisors, Metric, Objective, mean_nll
 from orpo_lite.ops.outputs import PairLogps, at_least_float32
 
 
@@ -31,8 +31,8 @@ class Orpo(Objective):
         "rewards/accuracies",
     )
     shown = (
-        Metric("loss", "loss", "loss", "loss"),
-        Metric("nll_loss", "NLL of the chosen", "NLL of the chosen", "nll"),
+        LOSS,
+        NLL,
         Metric(
             "log_odds_chosen", "log odds chosen : rejected", "log odds, chosen to rejected",
             short="log odds", sign="+", digits=3,

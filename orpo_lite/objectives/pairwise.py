@@ -8,15 +8,16 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts
-from orpo_lite.objectives.objective import Divisors, Metric, Objective, mean_nll
+from orpo_lite.objectives.objective import LOSS, NLL, Divisors, Metric, Objective, mean_nll
 from orpo_lite.ops.outputs import PairLogps, at_least_float32
 
 
 class PairwiseObjective(Objective):
     """A loss ``mean of f(score of chosen - score of rejected) + weight * NLL``.
 
-    A subclass defines the scores and f. The metrics have the names that TRL's trainers use.
-    ``mean_logps/*`` are mean log-probabilities of a token, which are comparable between objectives.
+    A subclass defines the scores and f. A reward is beta times a score. The metrics have the names
+    that TRL's trainers use. ``mean_logps/*`` are mean log-probabilities of a token, which are
+    comparable between objectives.
     """
 
     parts = (
@@ -31,8 +32,8 @@ class PairwiseObjective(Objective):
         "rewards/accuracies",
     )
     shown = (
-        Metric("loss", "loss", "loss", "loss"),
-        Metric("nll_loss", "NLL of the chosen", "NLL of the chosen", "nll"),
+        LOSS,
+        NLL,
         Metric(
             "rewards/margins", "reward margin", "reward of the chosen minus the rejected answer",
             short="margin", sign="+", digits=3,
@@ -62,9 +63,13 @@ class PairwiseObjective(Objective):
     def scores(self, logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
         """Return the scores of the chosen and the rejected responses; each has shape (P,)."""
 
+    def difference(self, chosen_P: Tensor, rejected_P: Tensor, facts: PairFacts) -> Tensor:
+        """Return the difference of the two scores that f compares, shape (P,)."""
+        return chosen_P - rejected_P
+
     @abstractmethod
     def pair_loss(self, difference_P: Tensor) -> Tensor:
-        """Return f of ``score of chosen - score of rejected``, shape (P,)."""
+        """Return f of :meth:`difference`, shape (P,)."""
 
     def loss(self, logps: PairLogps, facts: PairFacts, divisors: Divisors) -> tuple[Tensor, Tensor]:
         """Return the micro-batch's share of the step's loss, and of each of ``parts``."""
@@ -73,24 +78,19 @@ class PairwiseObjective(Objective):
             rejected_P=at_least_float32(logps.rejected_P),
         )
         chosen_P, rejected_P = self.scores(logps, facts)
-        pair_loss = self.pair_loss(chosen_P - rejected_P).sum() / divisors.pairs
+        difference_P = self.difference(chosen_P, rejected_P, facts)
+        pair_loss = self.pair_loss(difference_P).sum() / divisors.pairs
         nll = mean_nll(logps, divisors, self.settings.nll_reduction)
         loss = pair_loss + self.nll_weight * nll if self.nll_weight else pair_loss
         with torch.no_grad():
             means = logps.chosen_P, logps.rejected_P
-            shown = means if self.averages_logps else summed(logps, facts)
-            rewards = self.rewards(chosen_P, rejected_P, logps, facts)
+            shown = means if self.averages_logps else times_tokens(*means, facts)
+            rewards = self.settings.beta * chosen_P, self.settings.beta * rejected_P
             accurate_P = (rewards[0] > rewards[1]).to(chosen_P.dtype)
             per_pair = [*shown, *means, *rewards, accurate_P]
             shares = [values_P.sum() / divisors.pairs for values_P in per_pair]
             parts = torch.stack([pair_loss, nll, *shares])
         return loss, parts
-
-    def rewards(
-        self, chosen_P: Tensor, rejected_P: Tensor, logps: PairLogps, facts: PairFacts
-    ) -> tuple[Tensor, Tensor]:
-        """Return the rewards of chosen and rejected responses: beta times their scores."""
-        return self.settings.beta * chosen_P, self.settings.beta * rejected_P
 
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
         """Return the loss, the parts and the reward margin."""
@@ -109,10 +109,12 @@ class PairwiseObjective(Objective):
         return rows
 
 
-def summed(logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
-    """Return the summed log-probabilities of the chosen and the rejected responses, shape (P,)."""
-    chosen_P = logps.chosen_P * facts.chosen_tokens_P.to(logps.chosen_P.dtype)
-    return chosen_P, logps.rejected_P * facts.rejected_tokens_P.to(logps.rejected_P.dtype)
+def times_tokens(chosen_P: Tensor, rejected_P: Tensor, facts: PairFacts) -> tuple[Tensor, Tensor]:
+    """Return means over the tokens of the responses as sums over these tokens, shape (P,)."""
+    return (
+        chosen_P * facts.chosen_tokens_P.to(chosen_P.dtype),
+        rejected_P * facts.rejected_tokens_P.to(rejected_P.dtype),
+    )
 
 
 def smoothed_log_sigmoid(logits_P: Tensor, label_smoothing: float) -> Tensor:

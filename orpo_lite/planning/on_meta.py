@@ -103,7 +103,8 @@ def worst_case(max_length: int, pairs: int, *, has_rejected: bool = True) -> Tri
     Both sequences of a pair have ``max_length`` tokens. The sequences have no common prefix.
     ``has_rejected=False``: the pairs have no rejected sequences.
     """
-    return np.tile(np.array([[0, max_length, max_length * has_rejected]]), (pairs, 1))
+    rejected = max_length if has_rejected else 0
+    return np.tile(np.array([[0, max_length, rejected]]), (pairs, 1))
 
 
 def blank_pairs(triples: Triples) -> list[TokenizedPair]:

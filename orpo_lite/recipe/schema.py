@@ -221,6 +221,12 @@ class LossSection(Section):
     base without an adapter. null: the model as it is before the first step."""
 
     @property
+    def reference_adapter(self) -> str | None:
+        """The adapter that ``reference_adapter_name_or_path`` names; None for null and base."""
+        name = self.reference_adapter_name_or_path
+        return None if name == "base" else name
+
+    @property
     def counts_only_completion(self) -> bool:
         """``completion_only_loss`` as true or false."""
         if self.completion_only_loss is not None:

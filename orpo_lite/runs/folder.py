@@ -107,7 +107,13 @@ def refuse_existing(recipe: Recipe) -> None:
         )
 
 
-INITIAL, REFERENCE = "initial_adapter", "reference_adapter"
+COPIES = {
+    "initial_adapter": "model.adapter_name_or_path",
+    "reference_adapter": "loss.reference_adapter_name_or_path",
+}
+"""Folder of a run with a copy of an adapter that the training reads -> the setting that names it.
+
+A resumed run reads the copies, because the originals may have changed."""
 
 
 def create(
@@ -119,10 +125,7 @@ def create(
         recipe: the content of recipe.yaml.
         lock: the content of lock.json.
         data: the content of data.json.
-        adapters: name of a copy -> the folder of an adapter that the training reads: the adapter
-            that it starts from (:data:`INITIAL`), and that of the reference model
-            (:data:`REFERENCE`). A resumed run reads the copies, because the originals may have
-            changed.
+        adapters: the result of :func:`find_read_adapters`.
 
     Raises:
         CheckpointError: the folder is not empty, or cannot be written.
@@ -146,27 +149,17 @@ def create(
     return path
 
 
-def find_initial_adapter(recipe: Recipe, path: Path) -> Path | None:
-    """Return the folder of the adapter that the training starts from, or None if there is none.
+def find_read_adapters(recipe: Recipe, path: Path) -> dict[str, Path]:
+    """Return a key of :data:`COPIES` -> the folder of each adapter that the training reads.
 
-    If the run folder ``path`` has a copy of the adapter, return the folder of the copy.
+    If the run folder ``path`` has a copy of an adapter, the copy's folder is returned.
     """
-    name = recipe.model.adapter_name_or_path
-    if name is None:
-        return None
-    return path / INITIAL if (path / INITIAL).is_dir() else find_adapter(name)
-
-
-def find_reference_adapter(recipe: Recipe, path: Path) -> Path | None:
-    """Return the folder of the adapter that ``loss.reference_adapter_name_or_path`` names.
-
-    Return None if it names none, or the base. If the run folder ``path`` has a copy of the adapter,
-    return the folder of the copy.
-    """
-    key, name = "loss.reference_adapter_name_or_path", recipe.loss.reference_adapter_name_or_path
-    if name is None or name == "base":
-        return None
-    return path / REFERENCE if (path / REFERENCE).is_dir() else find_adapter(name, key)
+    names = (recipe.model.adapter_name_or_path, recipe.loss.reference_adapter)
+    return {
+        copy: path / copy if (path / copy).is_dir() else find_adapter(name, key)
+        for (copy, key), name in zip(COPIES.items(), names, strict=True)
+        if name
+    }
 
 
 def find_finished_adapter(path: Path) -> Path:

@@ -170,7 +170,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     So the run can be resumed from any working directory.
     """
     keys = ["model.model_name_or_path", "model.adapter_name_or_path", "data.chat_template"]
-    if recipe.loss.reference_adapter_name_or_path != "base":
+    if recipe.loss.reference_adapter:
         keys.append("loss.reference_adapter_name_or_path")
     if is_path(recipe.data.dataset_test_split or ""):
         keys.append("data.dataset_test_split")

@@ -16,33 +16,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import get_peft_model_state_dict
-from safetensors import safe_open
 
 from orpo_lite.base.adapter import find_adapter, read_adapter_config
-from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.packing import epoch_order
 from orpo_lite.data.reference_cache import ReferenceCache
-from orpo_lite.errors import ModelError, Overrides
-from orpo_lite.model.adapter import BASE_LAYER
+from orpo_lite.model.adapter import read_adapter, set_adapter
 from orpo_lite.model.held_out import score
 from orpo_lite.model.load import choose_dtype
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.ops.devices import device_kind, dtype_name, is_out_of_memory
+from orpo_lite.ops.devices import device_kind, dtype_name
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.folder import adapter_sha256
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.training.session import Session
 from orpo_lite.updates import Update, failure, run_to_end, staged
 
-BASE = "base"
 NAME = "reference"  # of the adapter in peft
 STAGE = "computing log-probabilities of the reference model"
 Switch = Callable[[], AbstractContextManager[None]]
 BLOCK = 64
-"""Rows that are scored together. The blocks do not depend on what the cache holds already, so a
-computation that was killed gives the same bits when it is resumed."""
+"""Rows that are scored together. A block is written to the cache with one call. So a computation
+that was killed repeats only whole blocks, and gives the same bits when it is resumed."""
 
 
 def reference_folder(recipe: Recipe) -> Path | None:
@@ -51,8 +46,10 @@ def reference_folder(recipe: Recipe) -> Path | None:
     By default the reference is the model before the first step: the adapter that the training
     starts from, or the base.
     """
-    name = recipe.loss.reference_adapter_name_or_path or recipe.model.adapter_name_or_path
-    return None if name is None or name == BASE else find_adapter(name)
+    loss = recipe.loss
+    is_named = loss.reference_adapter_name_or_path is not None
+    name = loss.reference_adapter if is_named else recipe.model.adapter_name_or_path
+    return find_adapter(name) if name else None
 
 
 def add_reference(session: Session) -> Generator[Update, None, None]:
@@ -161,21 +158,9 @@ def _reference_model(model: PairModel, folder: Path | None) -> Iterator[Switch]:
     if folder is None:
         yield model.without_adapter
         return
-    read_adapter_config(folder)
     wrapped: Any = model.model
-    try:
-        # Without torch_device, peft would use a GPU even if the model is on the CPU.
-        wrapped.load_adapter(str(folder), adapter_name=NAME, torch_device=str(model.device))
-    except RuntimeError as error:
-        if is_out_of_memory(error) or "size mismatch" not in str(error):
-            raise
-        raise _misfit(folder, "its tensors have other shapes than the base needs") from error
-    # peft ignores tensors that match nothing, and leaves out layers without tensors.
-    own = get_peft_model_state_dict(wrapped, adapter_name=NAME, save_embedding_layers=False)
-    with safe_open(folder / ADAPTER_WEIGHTS, "np") as file:
-        given = {name for name in file.keys() if not name.endswith(BASE_LAYER)}  # noqa: SIM118
-    if differing := own.keys() ^ given:
-        raise _misfit(folder, f"{len(differing)} tensors do not match, such as {min(differing)}")
+    wrapped.add_adapter(NAME, read_adapter_config(folder))
+    set_adapter(model, read_adapter(folder), NAME)
 
     @contextmanager
     def use() -> Iterator[None]:
@@ -190,12 +175,3 @@ def _reference_model(model: PairModel, folder: Path | None) -> Iterator[Switch]:
     finally:
         wrapped.delete_adapter(NAME)
         wrapped.set_adapter("default")
-
-
-def _misfit(folder: Path, found: str) -> ModelError:
-    return ModelError(
-        where=f"reference adapter {folder}",
-        found=f"does not fit the base: {found}",
-        expected="an adapter that was trained on this base",
-        fix=Overrides({"loss.reference_adapter_name_or_path": None}, ", or an adapter that fits"),
-    )

@@ -13,10 +13,12 @@ from test_step import gradients, lora_model, recipe
 
 from orpo_lite.data.packing import PairFacts
 from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.model.held_out import score
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import Divisors, find_objective
 from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.schema import LossSection, Recipe
+from orpo_lite.updates import run_to_end, staged
 
 LOSSES: dict[str, dict[str, Any]] = {
     "sft": {"type": "sft"},
@@ -168,11 +170,9 @@ def test_dpo_of_an_untrained_adapter_is_log_2() -> None:
             if "lora_B" in name:
                 parameter.zero_()
     pairs = ragged_pairs(6)
-    from orpo_lite.model.held_out import score
-    from orpo_lite.updates import Update  # noqa: F401
 
     settings = settings_of({"type": "dpo"})
-    scores = _end(score(model, pairs, settings))
+    scores = run_to_end(staged("", score(model, pairs, settings)), lambda _: None)
     known = [
         replace(pair, ref_chosen=float(one), ref_rejected=float(other))
         for pair, one, other in zip(pairs, scores.chosen_P, scores.rejected_P, strict=True)
@@ -181,11 +181,3 @@ def test_dpo_of_an_untrained_adapter_is_log_2() -> None:
     metrics = find_objective(loss).metrics(parts)
     assert metrics["loss"] == pytest.approx(0.6931471805599453, abs=1e-12)
     assert metrics["rewards/margins"] == pytest.approx(0, abs=1e-12)
-
-
-def _end(steps: Any) -> Any:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value

@@ -29,6 +29,20 @@ trl = pytest.importorskip(
 )
 
 STEPS, BATCH, LEARNING_RATE = 10, 4, 1e-2
+TRAINER: dict[str, Any] = {
+    "use_cpu": True,
+    "per_device_train_batch_size": BATCH,
+    "max_steps": STEPS,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "optim": "adamw_torch",
+    "max_length": 256,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 FIGURES = (
     "loss",
     "nll_loss",
@@ -72,20 +86,9 @@ def run_trl(
 
     settings = trl.ORPOConfig(
         output_dir=str(folder),
-        use_cpu=True,
-        per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
         beta=0.1,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        optim="adamw_torch",
-        max_length=256,
-        gradient_checkpointing=False,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **TRAINER,
     )
     rows = load_dataset(
         "json", data_files=str(pairs), split="train", cache_dir=str(folder / "cache")

@@ -12,7 +12,7 @@ from conftest import byte_tokenizer, tiny_llama, write_pairs
 from datasets import load_dataset
 from test_objectives import settings_of
 from test_step import lora_model
-from test_trl import BATCH, STEPS, flat_gradients, flat_weights
+from test_trl import BATCH, STEPS, TRAINER, flat_gradients, flat_weights
 from torch.utils.data import SequentialSampler
 
 from orpo_lite.data.pair import TokenizedPair
@@ -86,19 +86,8 @@ def run_trl(kind: str, options: dict[str, Any], model: Any, file: Path) -> tuple
 
     settings = Config(
         output_dir=str(file.parent / "trl"),
-        use_cpu=True,
-        per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        optim="adamw_torch",
-        max_length=256,
-        gradient_checkpointing=False,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **TRAINER,
         **options,
     )
     rows = load_dataset(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from orpo_lite.data.pair import Message, NotJson, Row, RowError
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character. A text with one has no UTF-8 form and no tokens."""
 _TURN_MARKER = re.compile(
     r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?"
 )  # "Human:" within a line is only text
@@ -176,14 +178,9 @@ def text_of(row: Row, field: str, where: str, label: str = "") -> str:
     if not isinstance(value, str):
         parts = ', or only parts {"type": "text", "text": ...}' if isinstance(value, list) else ""
         raise row_error(where, label or field, describe(row, field), f"text{parts}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            found = f"a lone surrogate (half a character) at position {error.start}"
-            raise row_error(
-                where, label or field, found, "text", "write the data as UTF-8 again"
-            ) from None
+    if not value.isascii() and (broken := LONE_SURROGATE.search(value)):
+        found = f"a lone surrogate (half a character) at position {broken.start()}"
+        raise row_error(where, label or field, found, "text", "write the data as UTF-8 again")
     return value
 
 
