@@ -126,7 +126,9 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     licences = find_licences(recipe, inputs) if processes.is_main and not resume else {}
     adapter_files: dict[str, bytes] = {}
     if processes.is_main:
-        adapter_files, note = make_adapter_files(inputs)
+        adapter_files, note = make_adapter_files(
+            inputs, is_reward_model=recipe.loss.trains_reward_model
+        )
         if note:
             yield Update("note", note)
     inputs = _only_needed(objective, inputs)

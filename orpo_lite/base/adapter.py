@@ -64,6 +64,9 @@ def same_base(one: str, other: str) -> bool:
     return configs[0] == configs[1] if len(configs) == 2 else len(names) == 1
 
 
+CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"  # peft's task types: a language model, a reward model
+SCORE_HEADS = frozenset({"classifier", "score"})  # peft saves layers of these names for SEQ_CLS
+
 # Options of LoraConfig that an adapter may set. Other options must have their default values.
 ADAPTER_KEYS = (
     "r lora_alpha lora_dropout target_modules use_rslora use_dora rank_pattern alpha_pattern "
@@ -131,11 +134,12 @@ def read_adapter_config(folder: Path) -> Any:
         raise ModelError(
             where=str(path), found=f"is not a JSON object: {error}", expected="a peft configuration"
         ) from None
-    if options.get("task_type") not in (None, "CAUSAL_LM"):
+    if options.get("task_type") not in (None, CAUSAL_LM, SEQ_CLS):
         raise ModelError(
             where=str(path),
             found=f"task_type: {options['task_type']!r}",
-            expected="'CAUSAL_LM', because an adapter for another type of model does not fit",
+            expected=f"{CAUSAL_LM!r} or {SEQ_CLS!r}, because an adapter for another type of model "
+            "does not fit",
             fix=Overrides({"model.adapter_name_or_path": None}, ", which trains a new adapter"),
         )
     # If a value is missing, peft would use its default. That would change the adapter.
@@ -154,6 +158,9 @@ def read_adapter_config(folder: Path) -> Any:
             where=str(path), found="has no target_modules", expected=f"the target_modules {saved}"
         )
     default = LoraConfig().to_dict()
+    saved_modules = options.get("modules_to_save") or ()
+    if options.get("task_type") == SEQ_CLS and SCORE_HEADS.issuperset(saved_modules):
+        default["modules_to_save"] = saved_modules
     for key, value in options.items():
         if value and key not in ADAPTER_KEYS and value != default.get(key):
             raise ModelError(

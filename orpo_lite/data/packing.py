@@ -113,6 +113,9 @@ class PackedPairs(_Batch):
     """The token to predict at each position in ``rows_N``."""
     spans: tuple[tuple[int, ...], ...]
     """For each pair, the layout of its scored rows: see :class:`orpo_lite.ops.head.Spans`."""
+    last_2P: Tensor
+    """The positions in the row of the last chosen token and the last rejected token of each pair.
+    -1: the pair has no rejected sequence."""
 
 
 def pack_pairs(
@@ -126,7 +129,7 @@ def pack_pairs(
     positions: list[NDArray[Any]] = []
     rows: list[NDArray[Any]] = []
     targets: list[NDArray[Any]] = []
-    segments, spans = [], []
+    segments, spans, last = [], [], []
     start = 0
     for pair in pairs:
         chosen, rejected = np.asarray(pair.chosen_ids), np.asarray(pair.rejected_ids)
@@ -153,6 +156,9 @@ def pack_pairs(
         froms = ((chosen_row, first_w), (rejected_row, first_l), (nll_row, first_w))
         starts = (max(row - part, 0) for row, rest in froms for part in (first, rest))
         spans.append((*map(len, scored), *starts))
+        # If the rejected sequence is the beginning of the chosen one, its last token is there.
+        last_rejected = stop - 1 if stop > middle else start + len(rejected) - 1
+        last.append((middle - 1, last_rejected if len(rejected) else -1))
         start = stop
     tensors = (
         torch.from_numpy(np.concatenate(parts).astype(np.int64))
@@ -161,7 +167,10 @@ def pack_pairs(
     ids_T, positions_T, rows_N, targets_N = tensors
     # A segment is empty if one reply is the beginning of the other.
     kept = tuple(segment for segment in segments if segment[1] > segment[0])
-    return PackedPairs(_facts(pairs), ids_T, positions_T, kept, rows_N, targets_N, tuple(spans))
+    last_2P = torch.tensor(last).T.contiguous()
+    return PackedPairs(
+        _facts(pairs), ids_T, positions_T, kept, rows_N, targets_N, tuple(spans), last_2P
+    )
 
 
 def _facts(pairs: Sequence[TokenizedPair]) -> Tensor:

@@ -35,7 +35,7 @@ from orpo_lite.evaluation.intervals import (
     share_interval,
 )
 from orpo_lite.objectives.orpo import log_odds
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 from orpo_lite.recipe.schema import DataSection
 
 FEWEST_PROMPTS = 6
@@ -152,7 +152,7 @@ class Evaluation:
 
 def compare(
     pairs: TokenizedPairs,
-    scores: Mapping[str, PairLogps],
+    scores: Mapping[str, PairScores],
     comparisons: Sequence[tuple[str, str]],
     *,
     held_out: bool,
@@ -173,7 +173,7 @@ def compare(
     shorter_P = chosen_P < rejected_P
     means = dict(zip(scores, _means([*scores.values()], prompts_P), strict=True))
     short_prompts = [prompt for prompt, is_in in zip(prompts_P, shorter_P, strict=True) if is_in]
-    short_scores = [PairLogps(*(part[shorter_P] for part in parts)) for parts in scores.values()]
+    short_scores = [PairScores(*(part[shorter_P] for part in parts)) for parts in scores.values()]
     short_means = dict(zip(scores, _means(short_scores, short_prompts), strict=True))
     count, kind = len(pairs), "held-out pairs" if held_out else "pairs"
     differ = int((chosen_P != rejected_P).sum())
@@ -219,7 +219,7 @@ def name_pairs(data: DataSection, *, is_test: bool) -> str:
     return split if is_path(split) else f"{names}, split {split}"
 
 
-def _means(scores: Sequence[PairLogps], prompts_P: Sequence[bytes]) -> list[Means]:
+def _means(scores: Sequence[PairScores], prompts_P: Sequence[bytes]) -> list[Means]:
     """Return the metrics of each model. All are computed on the same resamples.
 
     The log odds are computed in float32 as in a training, so that a log-probability near 0 is

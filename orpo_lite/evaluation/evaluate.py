@@ -26,7 +26,7 @@ from orpo_lite.evaluation.open_run import (
 )
 from orpo_lite.evaluation.score import score_pairs
 from orpo_lite.model.adapter import read_adapter, set_adapter
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import DataSection, Recipe
 from orpo_lite.runs.atomic import sha256, to_json, write_text
@@ -321,13 +321,13 @@ def _base_key(model: FoundModel) -> tuple[Any, ...]:
 
 def _score_all(
     found: Mapping[str, FoundModel], pairs_of: Mapping[str, _Pairs], bases: Mapping[str, str]
-) -> Generator[Update, None, dict[str, PairLogps]]:
+) -> Generator[Update, None, dict[str, PairScores]]:
     """Return the scores of each model and base, the bases first.
 
     If two models differ only in the weights of their adapters, the base is loaded once.
     """
-    scores: dict[str, PairLogps] = {}
-    base_scores: dict[str, PairLogps] = {}
+    scores: dict[str, PairScores] = {}
+    base_scores: dict[str, PairScores] = {}
     opened: OpenRun | None = None
     with explain_out_of_memory(
         f"evaluating {', '.join(found)}", "enough memory for one model at a time"

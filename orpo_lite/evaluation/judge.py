@@ -9,7 +9,7 @@ import torch
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.errors import CheckpointError
 from orpo_lite.evaluation.compare import Evaluation, compare, name_pairs
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.records import SCORES, read_scores
@@ -33,7 +33,7 @@ def judge_training(recipe: Recipe, pairs: TokenizedPairs, path: Path, kept: int)
     """
     rows = {row["step"]: row for row in read_scores(path)}
     start = START if recipe.model.adapter_name_or_path else BASE
-    found: dict[str, PairLogps] = {}
+    found: dict[str, PairScores] = {}
     for name, step in ((start, 0), (TUNED, kept)):
         scores = _scores(rows.get(step, {}))
         if len(scores.chosen_P) != len(pairs):
@@ -56,8 +56,8 @@ def judge_training(recipe: Recipe, pairs: TokenizedPairs, path: Path, kept: int)
     return evaluation
 
 
-def _scores(row: dict[str, Any]) -> PairLogps:
+def _scores(row: dict[str, Any]) -> PairScores:
     """Return the scores in a row of pair_scores.jsonl. A null in the row becomes NaN."""
     columns = (row.get(name, []) for name in ("chosen", "rejected", "nll", "nll_tokens"))
     known = ([math.nan if value is None else value for value in column] for column in columns)
-    return PairLogps(*(torch.tensor(column, dtype=torch.float64) for column in known))
+    return PairScores(*(torch.tensor(column, dtype=torch.float64) for column in known))

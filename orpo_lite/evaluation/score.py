@@ -6,7 +6,7 @@ from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.held_out import score
 from orpo_lite.model.pair_model import PairModel, Route
 from orpo_lite.model.probe import probe
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.updates import Update, staged
 
@@ -17,7 +17,7 @@ def score_pairs(
     recipe: Recipe,
     stage: str,
     route: Route | None = None,
-) -> Generator[Update, None, PairLogps]:
+) -> Generator[Update, None, PairScores]:
     """Yield progress; finally return the scores of P pairs: float64 tensors of shape (P,).
 
     The scores are in the order of the pairs. Afterwards, ``model.route`` is the route that packed

@@ -25,6 +25,7 @@ from orpo_lite.base.find import Base, load_tokenizer
 from orpo_lite.errors import CheckpointError, Command, FitError, ModelError, RecipeError, first_line
 from orpo_lite.merging.deltas import clear_cache
 from orpo_lite.merging.plan import Plan, make_plan
+from orpo_lite.model.score_head import merged_reward_config
 from orpo_lite.recipe.schema import QuantizationSection
 from orpo_lite.recipe.text import read_bytes
 from orpo_lite.runs.atomic import new_folder, to_json, write_text
@@ -138,6 +139,8 @@ def merge_events(
         changed = yield from _write_merged(plan, temporary, max_bytes, trained_in)
         config = read_json(base.path / "config.json")
         config.pop("_name_or_path", None)  # older transformers wrote a local path here
+        if recipe.loss.trains_reward_model:
+            config |= merged_reward_config(base.config, load_tokenizer(adapter).pad_token_id)
         write_text(temporary / "config.json", to_json(config))
         if not changed:
             raise UnchangedError(

@@ -5,7 +5,7 @@ contains a copy of the base's embedding, the copy and the base's own embedding a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
 from torch import nn
 
-from orpo_lite.base.adapter import find_adapter
+from orpo_lite.base.adapter import SEQ_CLS, find_adapter, read_adapter_config
 from orpo_lite.base.blocks import Rows, Stored, in_blocks, read_header, read_rows, stored_tensors
 from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.base.find import Base
@@ -23,6 +23,7 @@ from orpo_lite.merging.names import Origin, find_origins
 from orpo_lite.model.adapter import BASE_LAYER, add_lora
 from orpo_lite.model.load import bare_base
 from orpo_lite.model.quantize import bypassed_layers, is_transposed, quantizable
+from orpo_lite.model.score_head import SCORE, SCORE_TENSOR
 from orpo_lite.recipe.schema import QuantizationSection, Recipe
 from orpo_lite.runs.commands import Weights
 
@@ -32,10 +33,11 @@ ADAPTER_NAME = "default"  # peft's name for an adapter that got no name
 
 @dataclass(frozen=True)
 class Plan:
-    """The stored tensors of a base, and what a merge does with each of them."""
+    """The tensors of a merged model, and what the merge does with each of them."""
 
     stored: Mapping[str, Stored]
-    """All tensors of the base, by name."""
+    """All tensors of the base, by name. A reward model has the adapter's score head in place of the
+    base's output head."""
     deltas: Mapping[str, Delta]
     """Name of the stored tensor -> its delta."""
     targets: int
@@ -118,12 +120,17 @@ def make_plan(
     """
     plain = recipe.override({"quantization.load_in_4bit": False})
     model = bare_base(plain, base.config, torch.float32)
+    head = _own_head(model)
     origins = find_origins(model, stored)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     tied, quantised, bypassed = _tied_parameters(model), quantizable(model), bypassed_layers(model)
     layers = list(_adapted_layers(add_lora(model, plain, adapter)))
     try:
         saved = _adapter_tensors(adapter, layers, origins, stored) if adapter else {}
+        if recipe.loss.trains_reward_model:
+            _refuse_adapted_head(layers, head)
+            if adapter and read_adapter_config(adapter).task_type == SEQ_CLS:
+                stored = _with_score_head(stored, saved, head, origins)
         by_parameter = _parameter_deltas(layers, saved, tied)
         deltas = _stored_deltas(by_parameter, origins, stored, shapes, model)
     except ModelError as error:
@@ -156,6 +163,45 @@ def make_plan(
         bypassed=tuple(layer.name for layer in layers if layer.name in bypassed),
         settings=recipe.quantization,
     )
+
+
+def _own_head(model: Any) -> list[str]:
+    """Return the names of the output head's parameters that belong to no other layer."""
+    tied, head = _tied_parameters(model), model.get_output_embeddings()
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if name not in tied and any(parameter is one for one in head.parameters())
+    ]
+
+
+def _refuse_adapted_head(layers: Sequence[AdaptedLayer], head: Sequence[str]) -> None:
+    """Raise ModelError if the adapter of a reward model changes the output head."""
+    for layer in layers:
+        if layer.parameter in head:
+            raise ModelError(
+                found=f"{layer.name} is adapted, but a reward model does not use its output head",
+                expected="an adapter on other layers",
+            )
+
+
+def _with_score_head(
+    stored: Mapping[str, Stored],
+    saved: Mapping[str, Stored],
+    head: Sequence[str],
+    origins: Mapping[str, Origin],
+) -> dict[str, Stored]:
+    """Return the stored tensors with the adapter's score head in place of the output head."""
+    score = saved.get(SCORE_TENSOR.removesuffix(".weight"))
+    if score is None:
+        raise ModelError(
+            found=f"has no {SCORE_TENSOR}, which is its score head",
+            expected="the score head that the training saved with it",
+        )
+    unused = {origins[name].unchanged for name in head if name in origins}
+    kept = {name: tensor for name, tensor in stored.items() if name not in unused}
+    name = f"{SCORE}.weight"
+    return kept | {name: replace(score, name=name)}
 
 
 def _tied_parameters(model: nn.Module) -> dict[str, str]:
@@ -205,7 +251,7 @@ def _adapter_tensors(
     wanted = {name for layer in layers for name, _ in layer.tensors.values()}
     for tensor in read_header(adapter / ADAPTER_WEIGHTS):
         name = tensor.name.removesuffix(".weight")
-        if name in wanted:
+        if name in wanted or tensor.name == SCORE_TENSOR:
             saved[name] = tensor
         elif not tensor.name.endswith(BASE_LAYER):
             wrong.append(tensor.name)

@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from orpo_lite.base.adapter import read_adapter_config
+from orpo_lite.base.adapter import CAUSAL_LM, SEQ_CLS, read_adapter_config
 from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.errors import ModelError, Overrides, RecipeError, first_line
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.quantize import bypassed_layers
+from orpo_lite.model.score_head import SCORE, SCORE_TENSOR, add_score_head
 from orpo_lite.ops.devices import META
 from orpo_lite.recipe.schema import Recipe
 
@@ -32,10 +33,11 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
     lora = recipe.lora
     if folder:
         config = read_adapter_config(folder)
+        _check_task(config, recipe, folder)
     else:
         is_orthogonal = lora.init_lora_weights == "orthogonal"
         config = LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=CAUSAL_LM,
             r=lora.r,
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
@@ -45,6 +47,11 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
             use_dora=lora.use_dora,
             init_lora_weights=True if is_orthogonal else lora.init_lora_weights,
         )
+    if recipe.loss.trains_reward_model:
+        add_score_head(model, recipe.training.seed)
+        # For this task, peft trains a copy of the head and saves it with the adapter. It adds the
+        # names of heads to modules_to_save.
+        config.task_type, config.modules_to_save = SEQ_CLS, None
     torch.manual_seed(recipe.training.seed)  # for the adapter's initialisation
     device = next(model.parameters()).device
     try:
@@ -67,9 +74,26 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
         raise ModelError(
             where="adapter", found=first_line(error), expected="names of layers that the base has"
         ) from error
+    targets = config.target_modules
+    if recipe.loss.trains_reward_model and isinstance(targets, set):
+        targets.discard(SCORE)  # peft lists it for "all-linear", but does not adapt it
     if lora.init_lora_weights == "orthogonal" and not folder:
         _init_orthogonal(model, recipe)
     return model
+
+
+def _check_task(config: LoraConfig, recipe: Recipe, folder: Path) -> None:
+    """Raise ModelError if the adapter of a reward model shall become a language model."""
+    if config.task_type == SEQ_CLS and not recipe.loss.trains_reward_model:
+        raise ModelError(
+            where=str(folder / "adapter_config.json"),
+            found="is the adapter of a reward model (task_type SEQ_CLS)",
+            expected=f"the adapter of a language model for loss.type {recipe.loss.type}",
+            fix=Overrides(
+                {"model.adapter_name_or_path": None},
+                ", which trains a new adapter; loss.type=reward trains the reward model further",
+            ),
+        )
 
 
 def _excluded_layers(model: Any) -> list[str]:
@@ -121,6 +145,20 @@ def adapter_tensors(model: PairModel, name: str = "default") -> dict[str, Tensor
         model.model, adapter_name=name, save_embedding_layers=False
     )
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+
+
+def load_adapter(model: PairModel, folder: Path) -> None:
+    """Copy the tensors of an adapter's folder into the model's adapter.
+
+    A reward model may start from the adapter of a language model. Then its score head is kept.
+
+    Raises:
+        ModelError: the file is damaged, or does not fit the model's adapter.
+    """
+    tensors = read_adapter(folder)
+    if model.score_head is not None and read_adapter_config(folder).task_type != SEQ_CLS:
+        tensors[SCORE_TENSOR] = adapter_tensors(model)[SCORE_TENSOR]
+    set_adapter(model, tensors)
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:

@@ -9,10 +9,10 @@ from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
 from orpo_lite.objectives.objective import Objective
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 from orpo_lite.recipe.schema import Recipe
 
-Passes = list[tuple[list[int], PairLogps, PairFacts]]
+Passes = list[tuple[list[int], PairScores, PairFacts]]
 """For each forward pass, the indices of its pairs, their log-probabilities and their facts."""
 
 
@@ -24,7 +24,7 @@ def evaluate(
     *,
     pad_id: int,
     processes: Processes,
-) -> Generator[tuple[int, int], None, tuple[dict[str, float], PairLogps]]:
+) -> Generator[tuple[int, int], None, tuple[dict[str, float], PairScores]]:
     """Yield (batches done, all batches) as progress; finally return metrics and scores of P pairs.
 
     An evaluation does not change the training that follows, not even by rounding: there is no
@@ -43,14 +43,14 @@ def evaluate(
     )
     scores = _in_order(passes, len(pairs), processes.device)
     if not pairs:
-        return {}, PairLogps(*scores)
+        return {}, PairScores(*scores)
     divisors = objective.divisors(pairs)
     total = torch.zeros(len(objective.parts), dtype=torch.float64, device=processes.device)
     for _, logps, facts in passes:
         total += objective.loss(logps, facts, divisors)[1]
     metrics = objective.metrics(processes.sum(total).tolist())
     named = {f"eval_{name}": value for name, value in metrics.items()}
-    return named, PairLogps(*processes.sum(scores).cpu())
+    return named, PairScores(*processes.sum(scores).cpu())
 
 
 def score(
@@ -60,7 +60,7 @@ def score(
     *,
     pad_id: int = 0,
     processes: Processes | None = None,
-) -> Generator[tuple[int, int], None, PairLogps]:
+) -> Generator[tuple[int, int], None, PairScores]:
     """Yield (batches done, all batches) as progress; finally return the scores of the pairs.
 
     The scores have the same form as in :func:`evaluate`. ``processes`` divide the pairs among them;
@@ -69,7 +69,7 @@ def score(
     rank, world = (processes.rank, processes.count) if processes else (0, 1)
     passes = yield from _forward(model, pairs, recipe, pad_id=pad_id, rank=rank, world=world)
     scores = _in_order(passes, len(pairs), model.device)
-    return PairLogps(*(processes.sum(scores) if processes else scores).cpu())
+    return PairScores(*(processes.sum(scores) if processes else scores).cpu())
 
 
 def _forward(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from orpo_lite.base.adapter import base_of_adapter, find_adapter, same_base
 from orpo_lite.base.find import Base
 from orpo_lite.errors import FitError, ModelError, Overrides, first_line
-from orpo_lite.model.adapter import add_lora, read_adapter, set_adapter
+from orpo_lite.model.adapter import add_lora, load_adapter
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.quantize import (
@@ -68,7 +68,7 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
                 f"trained on {trained_on}, but the base is {base.name}; an adapter is useless on "
                 "another base"
             )
-        set_adapter(pair_model, read_adapter(folder))
+        load_adapter(pair_model, folder)
     return pair_model
 
 

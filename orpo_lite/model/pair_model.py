@@ -1,5 +1,6 @@
-"""A causal language model that takes pairs and returns their log-probabilities."""
+"""A causal language model that takes pairs and returns their log-probabilities or rewards."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Self
@@ -12,9 +13,10 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_lite.data.packing import Batch, Batching, PackedPairs
+from orpo_lite.model.score_head import SCORE
 from orpo_lite.ops.attention import NAME, UnsupportedError, pair_attention
 from orpo_lite.ops.head import Head, chunk_rows, packed_logps, padded_logps, pick, row_logps
-from orpo_lite.ops.outputs import PairLogps, at_least_float32
+from orpo_lite.ops.outputs import PairScores, at_least_float32, pair_rewards
 from orpo_lite.ops.segments import Layout, Segment, use_layout
 from orpo_lite.recipe.schema import MemorySection, Recipe
 
@@ -47,7 +49,10 @@ ROUTE_NOTES: dict[Route, str] = {
 
 
 class PairModel(nn.Module):
-    """A causal language model that takes pairs and returns their log-probabilities."""
+    """A causal language model that takes pairs and returns their log-probabilities.
+
+    With a score head (:mod:`orpo_lite.model.score_head`) it is a reward model and returns rewards.
+    """
 
     def __init__(self, model: nn.Module, memory: MemorySection | None = None) -> None:
         super().__init__()
@@ -97,8 +102,15 @@ class PairModel(nn.Module):
             return causal.model
         return causal.base_model
 
-    def forward(self, batch: Batch) -> PairLogps:
-        """Return the log-probabilities of the batch's pairs, from one forward pass."""
+    @property
+    def score_head(self) -> Any:
+        """The score head of a reward model; None for a language model."""
+        return getattr(self.causal, SCORE, None)
+
+    def forward(self, batch: Batch) -> PairScores:
+        """Return the log-probabilities of the batch's pairs, or their rewards, from one pass."""
+        if self.score_head is not None:
+            return pair_rewards(self._rewards(batch))
         if isinstance(batch, PackedPairs):
             return packed_logps(self.score(batch, self.route), batch.spans)
         output = self.model(
@@ -111,6 +123,30 @@ class PairModel(nn.Module):
             batch.counted_RT,
             pairs=batch.facts_4P.shape[1],
         )
+
+    def _rewards(self, batch: Batch) -> Tensor:
+        """Return the rewards of P pairs, shape (2, P), at least float32.
+
+        The score head reads the hidden states of the responses' last tokens.
+        """
+        if isinstance(batch, PackedPairs):
+            last_2PD = self._hidden(batch, self.route)[batch.last_2P]
+            rewards_2P = self._reward(last_2PD)
+            return rewards_2P.masked_fill(batch.last_2P < 0, math.nan)
+        output = self.backbone(
+            input_ids=batch.input_ids_RT, attention_mask=batch.attention_RT, use_cache=False
+        )
+        last_R = batch.attention_RT.sum(1) - 1
+        last_RD = output.last_hidden_state[torch.arange(len(last_R), device=last_R.device), last_R]
+        rewards_RP = self._reward(last_RD).view(-1, batch.facts_4P.shape[1])
+        if len(rewards_RP) == 2:
+            return rewards_RP
+        return torch.cat([rewards_RP, torch.full_like(rewards_RP, math.nan)])
+
+    def _reward(self, hidden: Tensor) -> Tensor:
+        """Return the rewards of hidden states; shape (..., D) -> (...)."""
+        rewards: Tensor = self.score_head(hidden.to(self.score_head.weight.dtype)).squeeze(-1)
+        return rewards
 
     def score(self, batch: PackedPairs, route: Route) -> Tensor:
         """Return the log-probabilities of the tokens in ``batch.targets_N``, shape (N,)."""
@@ -190,7 +226,8 @@ class PairModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device to which a batch must be moved."""
-        return self.head.module.weight.device  # type: ignore[return-value]
+        layer: Any = self.head.module if self.score_head is None else self.score_head
+        return layer.weight.device  # type: ignore[no-any-return]
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """Return (name, parameter) of each trained parameter. All belong to the adapter."""

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts
 from orpo_lite.objectives.pairwise import PairwiseObjective, smoothed_log_sigmoid, times_tokens
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 
 
 class Cpo(PairwiseObjective):
@@ -19,7 +19,7 @@ class Cpo(PairwiseObjective):
         """``loss.cpo_alpha``, or 1 if it is null."""
         return 1.0 if self.settings.cpo_alpha is None else self.settings.cpo_alpha
 
-    def scores(self, logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
+    def scores(self, logps: PairScores, facts: PairFacts) -> tuple[Tensor, Tensor]:
         """Return the summed log-probabilities."""
         return times_tokens(logps.chosen_P, logps.rejected_P, facts)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts
 from orpo_lite.objectives.pairwise import PairwiseObjective, smoothed_log_sigmoid, times_tokens
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 
 
 class Dpo(PairwiseObjective):
@@ -25,7 +25,7 @@ class Dpo(PairwiseObjective):
         """``loss.rpo_alpha``, or 0 if it is null."""
         return self.settings.rpo_alpha or 0.0
 
-    def scores(self, logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
+    def scores(self, logps: PairScores, facts: PairFacts) -> tuple[Tensor, Tensor]:
         """Return the log-ratios to the reference model, summed over a response's tokens."""
         chosen_P = logps.chosen_P - facts.ref_chosen_P.to(logps.chosen_P.dtype)
         rejected_P = logps.rejected_P - facts.ref_rejected_P.to(logps.rejected_P.dtype)

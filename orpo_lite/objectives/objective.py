@@ -14,7 +14,7 @@ from torch import Tensor
 from orpo_lite.data.packing import PairFacts, nll_tokens
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import Overrides, RecipeError
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 from orpo_lite.recipe.schema import LossSection
 
 Need = Literal["rejected", "reference"]
@@ -93,7 +93,9 @@ class Objective(ABC):
         return Divisors(len(pairs), tokens)
 
     @abstractmethod
-    def loss(self, logps: PairLogps, facts: PairFacts, divisors: Divisors) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, scores: PairScores, facts: PairFacts, divisors: Divisors
+    ) -> tuple[Tensor, Tensor]:
         """Return a micro-batch's shares of the step's loss and of the values named in ``parts``.
 
         The shares of all micro-batches and processes add up to the step's loss. The planner calls
@@ -101,8 +103,9 @@ class Objective(ABC):
         branch on a value, and must not use a boolean mask or ``.item()``.
 
         Args:
-            logps: log-probabilities of the P pairs of this micro-batch. If the objective does not
-                need ``rejected``, the rejected log-probabilities are NaN in a training step.
+            scores: log-probabilities of the P pairs of this micro-batch, or rewards if
+                ``loss.type`` trains a reward model. If the objective does not need ``rejected``,
+                the rejected scores are NaN in a training step.
             facts: the lengths of the P pairs. If the objective needs ``reference``, also their
                 log-probabilities under the reference model.
             divisors: the numbers of pairs and of NLL tokens in the whole optimizer step. The loss
@@ -149,7 +152,7 @@ class Objective(ABC):
         return "  ".join(texts)
 
 
-def mean_nll(logps: PairLogps, divisors: Divisors, reduction: Literal["token", "pair"]) -> Tensor:
+def mean_nll(logps: PairScores, divisors: Divisors, reduction: Literal["token", "pair"]) -> Tensor:
     """Return a micro-batch's share of the step's NLL, a scalar.
 
     ``reduction``: ``token``: mean over all counted tokens of the step. ``pair``: first the mean of

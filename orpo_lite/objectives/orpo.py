@@ -9,7 +9,7 @@ from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts
 from orpo_lite.objectives.objective import LOSS, NLL, Divisors, Metric, Objective, mean_nll
-from orpo_lite.ops.outputs import PairLogps, at_least_float32
+from orpo_lite.ops.outputs import PairScores, at_least_float32
 
 
 class Orpo(Objective):
@@ -46,7 +46,9 @@ class Orpo(Objective):
         ),
     )  # fmt: skip
 
-    def loss(self, logps: PairLogps, facts: PairFacts, divisors: Divisors) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, logps: PairScores, facts: PairFacts, divisors: Divisors
+    ) -> tuple[Tensor, Tensor]:
         """Return :func:`orpo_loss` with the recipe's settings."""
         return orpo_loss(
             logps, divisors, beta=self.settings.beta, nll_reduction=self.settings.nll_reduction
@@ -75,7 +77,7 @@ class Orpo(Objective):
 
 
 def orpo_loss(
-    logps: PairLogps,
+    logps: PairScores,
     divisors: Divisors,
     *,
     beta: float,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts
 from orpo_lite.objectives.objective import LOSS, NLL, Divisors, Metric, Objective, mean_nll
-from orpo_lite.ops.outputs import PairLogps, at_least_float32
+from orpo_lite.ops.outputs import PairScores, at_least_float32
 
 
 class PairwiseObjective(Objective):
@@ -60,7 +60,7 @@ class PairwiseObjective(Objective):
         return 0.0
 
     @abstractmethod
-    def scores(self, logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
+    def scores(self, logps: PairScores, facts: PairFacts) -> tuple[Tensor, Tensor]:
         """Return the scores of the chosen and the rejected responses; each has shape (P,)."""
 
     def difference(self, chosen_P: Tensor, rejected_P: Tensor, facts: PairFacts) -> Tensor:
@@ -71,7 +71,9 @@ class PairwiseObjective(Objective):
     def pair_loss(self, difference_P: Tensor) -> Tensor:
         """Return f of :meth:`difference`, shape (P,)."""
 
-    def loss(self, logps: PairLogps, facts: PairFacts, divisors: Divisors) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, logps: PairScores, facts: PairFacts, divisors: Divisors
+    ) -> tuple[Tensor, Tensor]:
         """Return the micro-batch's share of the step's loss, and of each of ``parts``."""
         logps = logps._replace(
             chosen_P=at_least_float32(logps.chosen_P),

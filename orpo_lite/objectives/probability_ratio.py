@@ -4,7 +4,7 @@ from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts
 from orpo_lite.objectives.pairwise import PairwiseObjective, smoothed_log_sigmoid, times_tokens
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 from orpo_lite.recipe.schema import LossSection
 
 
@@ -27,7 +27,7 @@ class ProbabilityRatio(PairwiseObjective):
         """1: the NLL is the main part of the loss."""
         return 1.0
 
-    def scores(self, logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
+    def scores(self, logps: PairScores, facts: PairFacts) -> tuple[Tensor, Tensor]:
         """Return the mean or the summed log-probabilities."""
         if self.settings.ratio_of == "mean":
             return logps.chosen_P, logps.rejected_P

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts
 from orpo_lite.objectives.objective import Divisors, Metric, Objective, mean_nll
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 
 
 class Sft(Objective):
@@ -25,7 +25,9 @@ class Sft(Objective):
         ),
     )
 
-    def loss(self, logps: PairLogps, facts: PairFacts, divisors: Divisors) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, logps: PairScores, facts: PairFacts, divisors: Divisors
+    ) -> tuple[Tensor, Tensor]:
         """Return the micro-batch's share of the step's NLL, and of each of ``parts``."""
         nll = mean_nll(logps, divisors, self.settings.nll_reduction)
         return nll, torch.stack([nll, logps.chosen_P.sum() / divisors.pairs]).detach()

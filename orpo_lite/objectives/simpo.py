@@ -4,7 +4,7 @@ from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts
 from orpo_lite.objectives.pairwise import PairwiseObjective, smoothed_log_sigmoid
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 
 
 class SimPo(PairwiseObjective):
@@ -24,7 +24,7 @@ class SimPo(PairwiseObjective):
         """``loss.cpo_alpha``, or 0 if it is null."""
         return self.settings.cpo_alpha or 0.0
 
-    def scores(self, logps: PairLogps, facts: PairFacts) -> tuple[Tensor, Tensor]:
+    def scores(self, logps: PairScores, facts: PairFacts) -> tuple[Tensor, Tensor]:
         """Return the mean log-probabilities."""
         return logps.chosen_P, logps.rejected_P
 

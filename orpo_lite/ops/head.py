@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from orpo_lite.ops.outputs import PairLogps, at_least_float32
+from orpo_lite.ops.outputs import PairScores, at_least_float32
 
 CHUNK_BYTES = 96 << 20
 """Size of a chunk's float32 logits in bytes. It is large enough to use any device well."""
@@ -204,8 +204,8 @@ class Spans(NamedTuple):
     nll_in_rest: int
 
 
-def packed_logps(logps_N: Tensor, spans: Sequence[Sequence[int]]) -> PairLogps:
-    """Return the :class:`PairLogps` of P packed pairs.
+def packed_logps(logps_N: Tensor, spans: Sequence[Sequence[int]]) -> PairScores:
+    """Return the :class:`PairScores` of P packed pairs.
 
     Args:
         logps_N: the result of :func:`row_logps` for the scored rows of all pairs.
@@ -220,7 +220,7 @@ def packed_logps(logps_N: Tensor, spans: Sequence[Sequence[int]]) -> PairLogps:
         in_prefix, in_rest = prefix[span.nll_in_prefix :], rest_w[span.nll_in_rest :]
         nll.append(-(in_prefix.sum() + in_rest.sum()))
         counted.append(len(in_prefix) + len(in_rest))
-    return PairLogps(
+    return PairScores(
         torch.stack(chosen),
         torch.stack(rejected),
         torch.stack(nll),
@@ -238,7 +238,7 @@ def padded_logps(
     response_RT: Tensor,
     counted_RT: Tensor,
     pairs: int | None = None,
-) -> PairLogps:
+) -> PairScores:
     """Return the log-probabilities of P pairs from the logits of their R padded rows.
 
     All logits are in memory at once. This function is the reference for :func:`row_logps`.
@@ -262,4 +262,4 @@ def padded_logps(
     pairs = len(mean_R) // 2 if pairs is None else pairs
     rejected_P = mean_R[pairs:] if len(mean_R) > pairs else mean_R.new_full((pairs,), math.nan)
     nll_P = -(logps_RT * counted_RT)[:pairs].sum(-1)
-    return PairLogps(mean_R[:pairs], rejected_P, nll_P, counted_RT[:pairs].sum(-1))
+    return PairScores(mean_R[:pairs], rejected_P, nll_P, counted_RT[:pairs].sum(-1))

@@ -1,4 +1,4 @@
-"""Define PairLogps, the log-probabilities of pairs. An objective reads no other model output."""
+"""Define PairScores, a model's output for pairs. An objective reads no other model output."""
 
 from typing import NamedTuple
 
@@ -6,21 +6,32 @@ import torch
 from torch import Tensor
 
 
-class PairLogps(NamedTuple):
-    """The log-probabilities of P pairs, from which an objective computes its loss."""
+class PairScores(NamedTuple):
+    """The scores of P pairs, from which an objective computes its loss.
+
+    A language model scores a response by its log-probability, a reward model by its reward.
+    """
 
     chosen_P: Tensor
-    """Mean log-probability of the chosen response's tokens (Eq. 3 of ORPO); float32 or float64."""
+    """Mean log-probability of the chosen response's tokens (Eq. 3 of ORPO), or the reward of the
+    chosen response; float32 or float64."""
     rejected_P: Tensor
-    """Mean log-probability of the rejected response's tokens; float32 or float64. NaN: the pair has
-    no rejected sequence."""
+    """The same of the rejected response. NaN: the pair has no rejected sequence."""
     nll_P: Tensor
-    """Negative log-likelihood of the chosen sequence: a sum over tokens, not a mean.
+    """Negative log-likelihood of the chosen sequence: a sum over tokens, not a mean. NaN: the model
+    is a reward model.
 
     The batch decides whether the prompt's tokens are included.
     """
     nll_tokens_P: Tensor
-    """Number of tokens in the sum ``nll_P``."""
+    """Number of tokens in the sum ``nll_P``; 0 for a reward model."""
+
+
+def pair_rewards(rewards_2P: Tensor) -> PairScores:
+    """Return the scores of P pairs from the rewards of their responses, chosen first, (2, P)."""
+    chosen_P, rejected_P = rewards_2P
+    nothing_P = torch.zeros_like(chosen_P, dtype=torch.long)
+    return PairScores(chosen_P, rejected_P, torch.full_like(chosen_P, torch.nan), nothing_P)
 
 
 def at_least_float32(values: Tensor) -> Tensor:

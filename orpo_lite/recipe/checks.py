@@ -75,6 +75,7 @@ LOSSES_WITH: dict[str, tuple[str, ...]] = {
     "cpo_alpha": ("cpo", "simpo"),
     "simpo_gamma": ("simpo",),
     "ratio_of": ("probability_ratio",),
+    "center_rewards_coefficient": ("reward",),
 }
 """Key of the section loss -> the values of ``loss.type`` that use it."""
 

@@ -188,11 +188,12 @@ class DataSection(Section):
 class LossSection(Section):
     """The loss. The keys have the names of TRL's configs."""
 
-    type: Literal["orpo", "sft", "dpo", "cpo", "simpo", "probability_ratio"] = "orpo"
+    type: Literal["orpo", "sft", "dpo", "cpo", "simpo", "probability_ratio", "reward"] = "orpo"
     """The loss. orpo: NLL(chosen) + beta * L_OR (arXiv 2403.07691, Eq. 6). sft: NLL(chosen). dpo:
     compares with a reference model (arXiv 2305.18290). cpo: DPO without the reference, plus the
     NLL (arXiv 2401.08417). simpo: mean log-probabilities and a margin (arXiv 2405.14734).
-    probability_ratio: ORPO with P_w / P_l in place of the odds ratio (Appendix B)."""
+    probability_ratio: ORPO with P_w / P_l in place of the odds ratio (Appendix B). reward: a reward
+    model, which gives a reply a number and writes no text (arXiv 2203.02155, Eq. 1)."""
     beta: float = Field(0.1, ge=0, allow_inf_nan=False)
     """orpo, probability_ratio: weight of the ratio term; the paper calls it λ, the authors' code
     alpha; 0 is sft. dpo, cpo, simpo: factor of the log-probabilities inside the sigmoid."""
@@ -219,6 +220,14 @@ class LossSection(Section):
     reference_adapter_name_or_path: str | None = None
     """dpo: LoRA adapter of the reference model: a run's adapter folder or a hub name. base: the
     base without an adapter. null: the model as it is before the first step."""
+    center_rewards_coefficient: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """reward: weight of the term (r_w + r_l)^2, which keeps the mean reward near 0
+    (arXiv 2312.09244). null: no such term."""
+
+    @property
+    def trains_reward_model(self) -> bool:
+        """True if the model gets a score head and returns rewards, not log-probabilities."""
+        return self.type == "reward"
 
     @property
     def reference_adapter(self) -> str | None:

@@ -1,6 +1,7 @@
 """Make the files that are saved with an adapter: tokenizer, chat template, generation config."""
 
 import copy
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,7 @@ from orpo_lite.runs.inputs import Inputs
 SAMPLE_TEXT = "Is this the same text, in 2 or 3 words?\n"
 
 
-def make_adapter_files(inputs: Inputs) -> tuple[dict[str, bytes], str]:
+def make_adapter_files(inputs: Inputs, *, is_reward_model: bool) -> tuple[dict[str, bytes], str]:
     """Return the tokenizer files and the generation config as {name: content}, and also a note.
 
     The files are for the folder ``adapter/``. The note says why the base's generation_config.json
@@ -22,6 +23,8 @@ def make_adapter_files(inputs: Inputs) -> tuple[dict[str, bytes], str]:
 
     This function is called before the training, to find errors early. The function saves the
     tokenizer, loads the saved copy, and compares the tokens that both give for a sample text.
+
+    ``is_reward_model``: whether the adapter is trained as a reward model.
 
     Raises:
         ModelError: transformers cannot save or load the tokenizer, or the loaded copy gives other
@@ -32,6 +35,8 @@ def make_adapter_files(inputs: Inputs) -> tuple[dict[str, bytes], str]:
         folder = Path(name)
         try:
             tokenizer = _with_templates(inputs)
+            if is_reward_model:
+                tokenizer = _for_rewards(tokenizer, inputs.end_id)
             tokenizer.save_pretrained(folder)
             saved = load_tokenizer(folder)
             is_same = saved(SAMPLE_TEXT)["input_ids"] == tokenizer(SAMPLE_TEXT)["input_ids"]
@@ -87,6 +92,35 @@ def _with_templates(inputs: Inputs) -> Any:
                 templates[name] = "{{ bos_token }}" + text
     tokenizer.chat_template = templates if named else templates["default"]
     return tokenizer
+
+
+def _for_rewards(tokenizer: Any, end_id: int) -> Any:
+    """Return a tokenizer that makes conversations end as in the training of a reward model.
+
+    The reward is read at the token that ends a reply. Many chat templates write a line end after
+    this token, and some write no end token. So the template's text is cut after the last end token.
+    transformers reads the reward at the last token that is not the pad token. So the pad token must
+    not be the end token.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token_id in (None, end_id):
+        others = (tokenizer.unk_token, tokenizer.bos_token)
+        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in others if token}
+        tokenizer.pad_token = next((token for token in ids if ids[token] != end_id), None)
+    end = json.dumps(tokenizer.convert_ids_to_tokens(end_id))
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        tokenizer.chat_template = {name: _cut(text, end) for name, text in templates.items()}
+    elif templates:
+        tokenizer.chat_template = _cut(templates, end)
+    return tokenizer
+
+
+def _cut(template: str, end: str) -> str:
+    """Return a template whose conversations end with ``end``, a quoted text."""
+    whole = f"{{% set conversation %}}{template}{{% endset %}}"
+    cut = f"conversation.rsplit({end}, 1)[0] + {end}"
+    return f"{whole}{{{{ conversation if add_generation_prompt else {cut} }}}}"
 
 
 def _begins_with_bos(tokenizer: Any, template: str) -> bool:

@@ -13,7 +13,7 @@ from conftest import first_and_long
 
 from orpo_lite.evaluation.compare import Evaluation, compare
 from orpo_lite.evaluation.intervals import mean_over_pairs, pairs_needed, t_quantile
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 
 METRICS = ("accuracy", "margin", "log_odds")
 
@@ -44,9 +44,9 @@ class Pairs:
         return len(self.prompts_P)
 
 
-def logps(chosen: Any, rejected: Any) -> PairLogps:
+def logps(chosen: Any, rejected: Any) -> PairScores:
     chosen = torch.as_tensor(chosen, dtype=torch.float64)
-    return PairLogps(
+    return PairScores(
         chosen,
         torch.as_tensor(rejected, dtype=torch.float64),
         -7 * chosen,
@@ -54,7 +54,7 @@ def logps(chosen: Any, rejected: Any) -> PairLogps:
     )
 
 
-def compared(before: PairLogps, after: PairLogps, pairs: Pairs | None = None) -> Evaluation:
+def compared(before: PairScores, after: PairScores, pairs: Pairs | None = None) -> Evaluation:
     pairs = pairs or Pairs([b"%d" % index for index in range(len(before.chosen_P))])
     scores = {"base": before, "tuned": after}
     return compare(pairs, scores, [("tuned", "base")], held_out=True, data="pairs")  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def truth() -> list[float]:
     return [after - before for before, after in zip(*found, strict=True)]
 
 
-def simulated(rng: np.random.Generator) -> tuple[PairLogps, PairLogps]:
+def simulated(rng: np.random.Generator) -> tuple[PairScores, PairScores]:
     def part(spread: float) -> Any:
         of_prompt = np.repeat(rng.standard_normal(PROMPTS), 2)
         return spread * (

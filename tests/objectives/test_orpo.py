@@ -10,7 +10,7 @@ from torch import Tensor
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import Orpo, log1mexp, log_odds, orpo_loss
 from orpo_lite.ops.head import padded_logps
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 from orpo_lite.recipe.schema import LossSection
 
 EXACT = [-50.0, -30.0, -8.0, -2.5, -0.7, -0.69, -0.1, -1e-2, -1e-3]
@@ -19,14 +19,14 @@ EXTREME = [-1e4, -745.0, -50.0, -1e-3, -1e-7, -1e-12, -1e-300, 0.0]
 
 def logps(
     chosen: list[float], rejected: list[float], dtype: torch.dtype = torch.float64
-) -> PairLogps:
+) -> PairScores:
     """Pairs with the given mean log-probabilities and an NLL of nothing."""
     sides = [torch.tensor(values, dtype=dtype, requires_grad=True) for values in (chosen, rejected)]
     zeros = torch.zeros(len(chosen), dtype=dtype)
-    return PairLogps(sides[0], sides[1], zeros, zeros + 1)
+    return PairScores(sides[0], sides[1], zeros, zeros + 1)
 
 
-def odds_ratio_loss(pairs: PairLogps) -> Tensor:
+def odds_ratio_loss(pairs: PairScores) -> Tensor:
     loss, _ = orpo_loss(pairs, Divisors(1, 1), beta=1.0)
     return loss
 
@@ -145,7 +145,7 @@ def test_gradcheck() -> None:
     tokens = torch.tensor([4.0, 9.0, 2.0], dtype=torch.float64)
 
     def loss(chosen: Tensor, rejected: Tensor, nll: Tensor) -> Tensor:
-        return orpo_loss(PairLogps(chosen, rejected, nll, tokens), Divisors(3, 15), beta=0.5)[0]
+        return orpo_loss(PairScores(chosen, rejected, nll, tokens), Divisors(3, 15), beta=0.5)[0]
 
     assert torch.autograd.gradcheck(loss, (chosen, rejected, nll))
 
@@ -160,5 +160,5 @@ def test_metrics_are_those_of_trl() -> None:
 
 
 def test_beta_zero_is_supervised_fine_tuning() -> None:
-    pairs = PairLogps(*(torch.tensor([value]).double() for value in (-1.0, -0.2, 12.0, 4.0)))
+    pairs = PairScores(*(torch.tensor([value]).double() for value in (-1.0, -0.2, 12.0, 4.0)))
     assert orpo_loss(pairs, Divisors(1, 4), beta=0.0)[0].item() == 3.0

@@ -16,7 +16,7 @@ from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.held_out import score
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import Divisors, find_objective
-from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.ops.outputs import PairScores
 from orpo_lite.recipe.schema import LossSection, Recipe
 from orpo_lite.updates import run_to_end, staged
 
@@ -139,7 +139,7 @@ def test_metrics_are_those_of_trl(type_: str) -> None:
     loss = LossSection(type=type_, beta=0.5)  # type: ignore[arg-type]
     mean = torch.tensor([[-1.0, -2.0], [-3.0, -1.5]]).double()
     facts = PairFacts(*torch.tensor([[4.0, 2.0], [3.0, 5.0], [-1.5, -1.0], [-2.0, -2.5]]).double())
-    logps = PairLogps(mean[0], mean[1], torch.tensor([9.0, 5.0]).double(), torch.tensor([7, 3]))
+    logps = PairScores(mean[0], mean[1], torch.tensor([9.0, 5.0]).double(), torch.tensor([7, 3]))
     objective = find_objective(loss)
     metrics = objective.metrics(objective.loss(logps, facts, Divisors(2, 10))[1].tolist())
     sums = mean * torch.stack(facts[:2])
