@@ -308,7 +308,7 @@ TIED = {"tie_word_embeddings": True}
             {},
             "its type, Embedding with DoRA, cannot be merged",
         ),
-        ({}, {"target_modules": ["q_proj"]}, {"task_type": "SEQ_CLS"}, "task_type: 'SEQ_CLS'"),
+        ({}, {"target_modules": ["q_proj"]}, {"task_type": "SEQ_CLS"}, "task_type SEQ_CLS"),
         ({}, {"target_modules": ["q_proj"]}, {"rank_pattern": {"q_proj": 2}}, "has rank 4"),
         (
             {},
