@@ -96,7 +96,7 @@ def evaluate_events(
             expected="the name of a run folder, of a merged folder or of a hub model",
             fix=Command("orpo-lite eval runs/demo"),
         )
-    changed = _data_values(data)
+    changed = data_values(data)
     other = None if against in (None, BASE) else str(against)
     names = [*dict.fromkeys([*map(str, models), *([other] if other else [])])]
     yield Update("stage", f"finding {', '.join(names)}")
@@ -126,7 +126,7 @@ def evaluate_events(
     return evaluation
 
 
-def _data_values(texts: Sequence[str]) -> dict[str, Any]:
+def data_values(texts: Sequence[str]) -> dict[str, Any]:
     """Return the values of ``data.key=value`` texts. Raise RecipeError if a text is wrong."""
     for text in texts:
         if not text.startswith("data.") or "=" not in text:

@@ -1008,7 +1008,7 @@ def test_a_gpu_that_is_too_small_to_verify_on_is_said(
 
     _, result = trained
     merge(result.run)
-    monkeypatch.setattr("orpo_lite.evaluation.verify.load_base", explode)
+    monkeypatch.setattr("orpo_lite.evaluation.verify.load_merged", explode)
     with pytest.raises(FitError, match="the GPU is out of memory") as raised:
         verify(result.run)
     assert isinstance(raised.value.fix, Command)
