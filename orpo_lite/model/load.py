@@ -87,7 +87,10 @@ def bare_pair_model(
     names = recipe.lora.target_modules
     if recipe.model.adapter_name_or_path and any("." in name for name in names):
         recipe = recipe.override({"lora.target_modules": "all-linear"})
-    return _as_pair_model(bare_base(recipe, config, dtype, device), recipe, None)
+    pair_model = _as_pair_model(bare_base(recipe, config, dtype, device), recipe, None)
+    if device == META:  # a plan is about the steps, and the probe is over before them
+        pair_model.drop_output_head()
+    return pair_model
 
 
 def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> Any:
