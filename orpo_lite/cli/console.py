@@ -92,14 +92,17 @@ def print_before_after(
 ) -> None:
     """Print a table of the held-out metrics before the training and with the saved adapter.
 
-    If all rewards are 0 before the training, no reply has the higher reward: the share is "-".
+    If all rewards are 0 before the training, no reply has the higher reward: the share is "-". The
+    saved adapter may be that of step 0.
     """
     table: list[tuple[str, ...]] = [("held-out pairs", "before", "after")]
     for metric in objective.shown:
-        values = [found[f"eval_{metric.name}"] for found in (before, after)]
-        texts = [f"{100 * v:.1f}%" if metric.is_share else f"{v:.4f}" for v in values]
-        if metric.is_share and objective.rewards_start_at_zero:
-            texts[0] = "-"
+        texts = []
+        for found in (before, after):
+            value = found[f"eval_{metric.name}"]
+            text = f"{100 * value:.1f}%" if metric.is_share else f"{value:.4f}"
+            is_unknown = metric.is_share and objective.rewards_start_at_zero and found == before
+            texts.append("-" if is_unknown else text)
         table.append((metric.label, *texts))
     print_columns(table)
 
