@@ -126,7 +126,9 @@ def test_only_local_adapters_are_looked_for(small_recipe: Build, workspace: Path
     both = ("loss.type=dpo", f"{REFERENCE}=./nowhere")
     assert missing_adapters(small_recipe(*both, FROM)).keys() == {REFERENCE}
     (workspace / "adapter" / "adapter_model.safetensors").unlink()
-    assert missing_adapters(small_recipe(*both, FROM)).keys() == {INITIAL, REFERENCE}
+    for name in ("./adapter", "adapter"):
+        missing = missing_adapters(small_recipe(*both, f"{INITIAL}={name}"))
+        assert missing.keys() == {INITIAL, REFERENCE}
     of_hub = (f"{INITIAL}=owner/start", "loss.type=dpo", f"{REFERENCE}=owner/reference")
     assert missing_adapters(small_recipe(*of_hub)) == {}
     assert missing_adapters(small_recipe("loss.type=dpo", f"{REFERENCE}=base")) == {}

@@ -184,7 +184,7 @@ def test_a_plan_and_a_dry_run_warn_of_an_adapter_that_is_not_there(
     assert code == 0
     assert "warning: this recipe cannot be trained yet. model.adapter_name_or_path: runs/" in said
     assert "fix: orpo-lite train --recipe paper-sft" in said
-    assert "warning" not in call("train", "--recipe", "paper-sft", "--dry-run").out
+    assert "warning" not in call("train", "--recipe", "paper-sft", "--dry-run")[1]
 
 
 def test_attention_that_shows_its_flops_is_not_counted_twice() -> None:
