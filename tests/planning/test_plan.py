@@ -169,6 +169,24 @@ def test_a_plan_says_what_the_model_cannot_have(call: Call, workspace: Path) -> 
     assert "of expert weights are not quantised" in said
 
 
+def test_a_plan_and_a_dry_run_warn_of_an_adapter_that_is_not_there(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = ("model.model_name_or_path=builtin:tiny-llama", "data.max_length=256")
+    keys = (*base, "data.max_prompt_length=64")
+    code, said, complained = call("plan", "--recipe", "paper-dpo", *keys, "--json")
+    assert code == 0, complained
+    (note,) = [text for text in json.loads(said)["notes"] if "adapter_name_or_path" in text]
+    assert "runs/paper-sft/adapter: no such folder" in note
+    assert "before training: orpo-lite train --recipe paper-sft" in note
+    code, said, _ = call("train", "--recipe", "paper-dpo", "--dry-run")
+    assert code == 0
+    assert "warning: this recipe cannot be trained yet. model.adapter_name_or_path: runs/" in said
+    assert "fix: orpo-lite train --recipe paper-sft" in said
+    assert "warning" not in call("train", "--recipe", "paper-sft", "--dry-run")[1]
+
+
 def test_attention_that_shows_its_flops_is_not_counted_twice() -> None:
     chosen, config = settings(), OTHERS["bloom, no checkpoints"]
     assert find_route(chosen, config, worst_case(256, 1), "ampere").uncounted == 0
