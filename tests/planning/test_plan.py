@@ -262,7 +262,8 @@ def test_an_objective_needs_the_memory_of_orpo_and_sft_half_of_its_work() -> Non
             chosen, config, worst_case(2048, 32, has_rejected=kind != "sft"), "ampere"
         )
     head = 2 * 32_000 * 4_096  # bytes; a reward model does not need it
-    assert found["reward"].held < found["orpo"].held - 0.9 * head
+    ends = "embeddings, head, norms"
+    assert found["reward"].held[ends] == found["orpo"].held[ends] - head
     for kind in ("dpo", "simpo", "sft"):
         assert found[kind].held == found["orpo"].held
     for kind in ("dpo", "simpo", "sft", "reward"):
