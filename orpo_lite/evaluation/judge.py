@@ -16,6 +16,7 @@ from orpo_lite.runs.records import SCORES, read_scores
 
 VERDICT = "verdict.json"
 BASE, START, TUNED = "base", "the adapter it started from", "tuned"
+UNTRAINED = "the untrained score head"
 
 
 def judge_training(recipe: Recipe, pairs: TokenizedPairs, path: Path, kept: int) -> Evaluation:
@@ -33,6 +34,8 @@ def judge_training(recipe: Recipe, pairs: TokenizedPairs, path: Path, kept: int)
     """
     rows = {row["step"]: row for row in read_scores(path)}
     start = START if recipe.model.adapter_name_or_path else BASE
+    if recipe.loss.trains_reward_model:
+        start = UNTRAINED
     found: dict[str, PairScores] = {}
     for name, step in ((start, 0), (TUNED, kept)):
         scores = _scores(rows.get(step, {}))

@@ -54,6 +54,10 @@ SPECS = (
     Spec("speed", "Tokens per second", "Tokens of both sequences of a pair, in training steps.",
          {"tokens_per_second": ""}),
 )  # fmt: skip
+MEAN_REWARD = Spec(
+    "mean-reward", "Mean reward", "Mean over both answers of a pair, by a reward model. Only "
+    "differences of rewards have a meaning.", {"mean_reward": ""},
+)  # fmt: skip
 MEMORY = Spec(
     "memory", "GPU memory", "Peak so far in GiB: memory of tensors, and memory reserved by torch.",
     {"memory_gib": "tensors", "memory_reserved_gib": "reserved"},
@@ -214,7 +218,7 @@ def make_charts(records: Sequence[RunRecord]) -> list[Chart]:
     curve of each run.
     """
     charts = []
-    for spec in (*SPECS, MEMORY):
+    for spec in (*SPECS, MEAN_REWARD, MEMORY):
         on_gpu = any("memory_reserved_gib" in row for record in records for row in record.rows)
         if spec is MEMORY and not on_gpu:
             continue

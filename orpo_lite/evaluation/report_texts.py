@@ -34,6 +34,7 @@ def run_texts(record: RunRecord, label: str, data_texts: bool) -> dict[str, Any]
         "path": path,
         "facts": [*_facts(record, data_texts)],
         "state": record.state,
+        "is_reward_model": record.settings.get("loss.type") == "reward",
         "resume": resume_command(record.path if data_texts else Path("RUN")).line,
         "steps": record.steps,
         "planned": record.planned_steps,
@@ -65,6 +66,7 @@ def _facts(record: RunRecord, data_texts: bool) -> Iterator[tuple[str, str]]:
         yield "Last step", f"{written:%Y-%m-%d %H:%M}"
 
 
+UNKNOWN = ("–", "")
 TILES = (
     ("rewards/accuracies", "Reward accuracy", True),
     ("log_odds_chosen", "Log odds ratio", False),
@@ -80,6 +82,8 @@ def _tiles(record: RunRecord) -> Iterator[dict[str, str]]:
         values = [row.get(f"eval_{key}") for row in (before, after)]
         if all(isinstance(value, int | float) for value in values):
             texts = [f"{value:.1%}" if percent else f"{value:.3f}" for value in values]
+            if percent and before.get("eval_rewards/margins") == values[0] == 0:
+                texts[0] = UNKNOWN[0]  # of DPO: before the training, all rewards are 0
             yield {"label": label, "before": _minus(texts[0]), "after": _minus(texts[1])}
 
 
@@ -125,6 +129,7 @@ def _verdict(when: str, found: Mapping[str, Any]) -> dict[str, Any]:
             [_interval(_in(row.get("shorter_chosen"), "accuracy"), percent=True) for row in models],
         ),
     ]
+    rows = [(name, cells) for name, cells in rows if any(cell != UNKNOWN for cell in cells)]
     comparisons = []
     for row in rows_of(found, "comparisons"):
         outcome = str(row.get("outcome", "cannot tell"))
@@ -168,7 +173,7 @@ def _interval(value: Any, *, percent: bool = False) -> tuple[str, str]:
     parts = [value] if isinstance(value, int | float) else parts
     known = [float(part) for part in parts if isinstance(part, int | float) and math.isfinite(part)]
     if not known:
-        return "–", ""
+        return UNKNOWN
     texts = [_minus(f"{100 * part:.1f}" if percent else f"{part:.3f}") for part in known]
     interval = f"{texts[1]} to {texts[2]}" if len(texts) == 3 else ""
     return f"{texts[0]}%" if percent else texts[0], interval
