@@ -94,6 +94,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "alpha": ("loss.beta", "λ in the paper; for the alpha of LoRA, write lora.lora_alpha"),
     "pref_loss": ("loss.type", ""),
     "rl": ("loss.type", ""),
+    "reward_model": ("loss.type", "loss.type=reward trains a reward model"),
     "lr": ("training.learning_rate", ""),
     "num_epochs": ("training.num_train_epochs", ""),
     "epochs": ("training.num_train_epochs", ""),
@@ -144,7 +145,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
         "decides whether the base is in 4 bit",
     ),
     "finetuning_type": ("", "leave the line out; a LoRA adapter is always trained"),
-    "stage": ("loss.type", ""),
+    "stage": ("loss.type", "its reward stands for rm"),
     "logging_dir": ("", LOGGED),
     "run_name": ("training.output_dir", "the run folder"),
     "save_total_limit": (
