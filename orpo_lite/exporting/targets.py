@@ -109,7 +109,12 @@ def export(
 
 @with_torch_defaults
 def export_events(
-    run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
+    run_folder: str | Path,
+    to: str,
+    *,
+    outtype: str | None = None,
+    weights: Weights = "original",
+    needs_llama_cpp: bool = False,
 ) -> Exporting:
     """Export a run to a folder in ``RUN/export``: yield updates; finally return the result.
 
@@ -124,6 +129,7 @@ def export_events(
             llama.cpp's quantiser (``QUANTISED``). None: the type of the merged model's matrices.
         weights: the merged model to export. "original" is the model in ``RUN/merged``,
             "dequantized" the model in ``RUN/merged-dequantized``.
+        needs_llama_cpp: whether llama.cpp must be installed, for a check of the exported file.
 
     Raises:
         RecipeError: ``to`` or ``outtype`` is unknown.
@@ -152,6 +158,8 @@ def export_events(
     is_reward_model = trained_recipe(path).loss.trains_reward_model
     if is_reward_model and to != "vllm":
         raise _no_reward_model(path, to, weights)
+    if needs_llama_cpp:
+        require_llama_cpp()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "model"
     with locked(path) as notes, _replaced_in_errors("RUN", quoted(path)):
         for note in notes:

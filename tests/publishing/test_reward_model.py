@@ -29,6 +29,11 @@ from orpo_lite.runs.records import read_json, read_scores
 REPO = "someone/judge"
 CANARY, CANARY_PATH = "xylophone-canary", "canary-folder"
 PAIRS = 6  # held out
+# It writes a line end after the token that ends a reply, like most templates.
+TEMPLATE = (
+    "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 KWARGS = {"enable_thinking": False, "style": "it's"}  # of the chat template
 
 
@@ -50,10 +55,13 @@ def trained_run(folder: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with the paper's chat template and a tokenizer with a pad token."""
+    """A run with a chat template. Only the tokenizer of its base names a pad token."""
     folder = tmp_path_factory.mktemp(CANARY_PATH)
     write_base(folder / "base")
-    return trained_run(folder, f"data.chat_template_kwargs={json.dumps(KWARGS)}")
+    config = read_json(folder / "base" / "config.json")
+    (folder / "base" / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    settings = {"chat_template": TEMPLATE, "chat_template_kwargs": json.dumps(KWARGS)}
+    return trained_run(folder, *(f"data.{key}={value}" for key, value in settings.items()))
 
 
 @pytest.fixture(scope="module")
