@@ -43,6 +43,7 @@ _EXPORTS = {
     "generate": "orpo_lite.api",
     "verify": "orpo_lite.api",
     "evaluate": "orpo_lite.evaluation.evaluate",
+    "score": "orpo_lite.evaluation.rewards",
     "export": "orpo_lite.exporting.targets",
     "push": "orpo_lite.publishing.push",
     "report": "orpo_lite.evaluation.report",
@@ -56,6 +57,7 @@ __all__ = [
     "plan",
     "push",
     "report",
+    "score",
     "train",
     "verify",
 ]

@@ -19,7 +19,7 @@ from orpo_lite.evaluation.answers import Answers, prepare_answers, write_answers
 from orpo_lite.evaluation.chat import Chat
 from orpo_lite.evaluation.gain import Kept, kept_gain, pair_log_odds
 from orpo_lite.evaluation.judge import judge_training
-from orpo_lite.evaluation.open_run import find_model, load_model
+from orpo_lite.evaluation.open_run import find_model, load_model, refuse_reward_model
 from orpo_lite.evaluation.report import report
 from orpo_lite.evaluation.samples import SampleWriter, find_prompts
 from orpo_lite.evaluation.verify import Verdict, compare_merged, pairs_to_compare, read_gains
@@ -244,7 +244,8 @@ def _train(
     that errors are reported early. Such an error does not end the training.
     """
     began = time.monotonic()
-    prompts = (yield from find_prompts(recipe, inputs)) if processes.is_main else []
+    is_answering = processes.is_main and not recipe.loss.trains_reward_model
+    prompts = (yield from find_prompts(recipe, inputs)) if is_answering else []
     session = yield from load_session(recipe, inputs, path, processes, stop)
     if "reference" in session.objective.needs:
         yield from add_reference(session)
@@ -427,6 +428,7 @@ def chat_events(
     For ``decoding``, ``compare`` and ``system`` see :class:`orpo_lite.evaluation.chat.Chat`.
     """
     found = find_model(run_folder, base_path=base_path, command="chat")
+    refuse_reward_model(found, "orpo-lite chat")
     yield Update("note", describe_device(found.device, "answering"))
     yield Update("stage", f"loading {found.name}")
     return Chat(load_model(found), decoding, compare=compare, system=system)

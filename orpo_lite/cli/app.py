@@ -27,7 +27,7 @@ BEFORE, DURING, RESULTS, AFTER = "Before training", "Train", "Results", "After t
 ORDER = (
     *("recipes", "data", "plan", "doctor"),
     "train",
-    *("eval", "report", "generate", "chat"),
+    *("eval", "score", "report", "generate", "chat"),
     *("merge", "export", "push"),
 )
 

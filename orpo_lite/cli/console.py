@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import BufferedWriter, FileIO, TextIOWrapper
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -104,7 +105,8 @@ def print_verdict(verdict: "Verdict") -> None:
     """Print how a merged model was verified: the scores of each model, and the outcome."""
     noun = "pair" if verdict.pairs == 1 else "pairs"
     kind = f"held-out {noun}" if verdict.held_out else f"training {noun} (none were held out)"
-    rows = [(f"{verdict.pairs:,} {kind}", "reward accuracy", "margin", "log-prob of chosen")]
+    score = "reward" if verdict.quantity == "rewards" else "log-prob"
+    rows = [(f"{verdict.pairs:,} {kind}", "reward accuracy", "margin", f"{score} of chosen")]
     rows += [
         (r.model, f"{r.accuracy:.1%}", f"{r.margin:+.4f}", f"{r.chosen:.4f}") for r in verdict.rows
     ]
@@ -125,7 +127,9 @@ def print_evaluation(evaluation: "Evaluation") -> None:
         shares = [_interval(one, 100, 1) for one in (model.accuracy, model.shorter_chosen.accuracy)]
         others = [_interval(one, 1, 3) for one in (model.margin, model.log_odds, model.nll)]
         rows.append((model.name, shares[0], *others, shares[1]))
-    print_columns(rows)
+    # A reward model has no odds and no NLL.
+    known = [{row[place] for row in rows[1:]} != {"-"} for place in range(len(head) + 1)]
+    print_columns([[*compress(row, known)] for row in rows])
     rule = evaluation.length_rule
     if rule.accuracy is not None:
         out.print(f"a rule that prefers the longer reply has an accuracy of {rule.accuracy:.1%}")

@@ -1,4 +1,4 @@
-"""Define the commands that show what a training did: eval, report, generate and chat."""
+"""Define the commands that show what a training did: eval, score, report, generate and chat."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -63,6 +63,53 @@ def evaluate(
         print_json(evaluation.to_json())
     else:
         print_evaluation(evaluation)
+
+
+@app.command(
+    rich_help_panel=RESULTS, epilog="Example: orpo-lite score runs/reward --data answers.jsonl"
+)
+def score(
+    run: Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="DATA",
+            help="A file, a folder or a hub dataset. A row has a prompt and a reply, a list of "
+            "replies, or a pair of replies.",
+        ),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[data.KEY=VALUE]...",
+            help="Settings of the dataset, for example data.dataset_train_split=test.",
+            autocompletion=complete_run_or_key,
+        ),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The file to write. Default: a file in RUN/rewards."),
+    ] = None,
+    base_path: BasePath = None,
+) -> None:
+    """Write a reward for each reply of a dataset, by a reward model (loss.type=reward)."""
+    with quiet():
+        from orpo_lite.evaluation.rewards import score_events
+
+        try:
+            updates = score_events(run, data, to=to, settings=settings or [], base_path=base_path)
+            result = draw(updates)
+        except KeyboardInterrupt:
+            err.print("stopped; run the same command again to continue")
+            raise typer.Exit(STOPPED) from None
+    mean = "" if result.mean is None else f", mean reward {result.mean:+.3f}"
+    noun = "reply" if result.replies == 1 else "replies"
+    out.print(f"{result.replies:,} {noun} scored{mean}: {result.file}")
+    if result.accuracy is not None:
+        out.print(
+            f"the chosen reply has the higher reward in {result.accuracy:.1%} of "
+            f"{result.pairs:,} pairs"
+        )
 
 
 @app.command(rich_help_panel=RESULTS, epilog="Example: orpo-lite report runs/demo")

@@ -1,5 +1,5 @@
 """Read rows, convert them to pairs and tokens, and build batches.
 
 Import order: pair, cache, reference_cache, packing, sources, formats, chat_template, pairs,
-render_process, split, statistics, tokenize, dataset, prepare.
+replies, render_process, split, statistics, tokenize, dataset, prepare.
 """

@@ -7,7 +7,7 @@ import math
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -31,7 +31,7 @@ from orpo_lite.data.chat_template import (
 from orpo_lite.data.formats.columns import NOTABLE_SHARE
 from orpo_lite.data.formats.text import LONE_SURROGATE
 from orpo_lite.data.formats.values import is_templated
-from orpo_lite.data.pair import Message, Pair
+from orpo_lite.data.pair import Message, Pair, TokenizedPair
 from orpo_lite.data.pairs import ALLOWED_BAD_ROWS, Drops, PairReader
 from orpo_lite.data.render_process import LimitedRenderer, Renderer
 from orpo_lite.data.sources.source import Source
@@ -296,7 +296,7 @@ def show_row(
 
 
 class PromptTokenizer(AbstractContextManager["PromptTokenizer"]):
-    """Tokenize conversations as prompts, in the same way as the prompts of training pairs.
+    """Tokenize conversations and replies in the same way as training pairs.
 
     Use it as a context manager, because it starts a process that renders the chat template.
 
@@ -344,9 +344,13 @@ class PromptTokenizer(AbstractContextManager["PromptTokenizer"]):
             pair.where: tokens
             if isinstance(tokens, str)
             else [*map(int, tokens.chosen_ids[: tokens.chosen_start])]
-            for pair, tokens in tokenize_pairs(whole, self.renderer, self.tokenizer, self.data)
+            for pair, tokens in self.pairs(whole)
         }
         return [found.get(pair.where, "the text is not valid Unicode") for pair in pairs]
+
+    def pairs(self, pairs: Iterable[Pair]) -> Iterator[tuple[Pair, TokenizedPair | str]]:
+        """Yield each pair with its tokens, or with the reason why it cannot be tokenized."""
+        return tokenize_pairs(pairs, self.renderer, self.tokenizer, self.data)
 
     def _without_special(self, turn: Message) -> Message:
         if turn["role"] != "assistant":

@@ -18,7 +18,7 @@ from orpo_lite.data.formats.text import LONE_SURROGATE
 from orpo_lite.data.pair import Message
 from orpo_lite.errors import RecipeError
 from orpo_lite.evaluation.graders import FORMATS, Question, read_questions
-from orpo_lite.evaluation.open_run import FoundModel, find_model, load_model
+from orpo_lite.evaluation.open_run import FoundModel, find_model, load_model, refuse_reward_model
 from orpo_lite.model.generate import Answerer, Decoding
 from orpo_lite.runs.atomic import explain_write_errors, sha256, write_text
 from orpo_lite.runs.folder import adapter_sha256
@@ -128,6 +128,7 @@ def prepare_answers(
     kind, path = FORMATS[grader], Path(prompts).expanduser()
     questions = read_questions(path, grader)
     found = find_model(name, base_path=base_path, command="generate")
+    refuse_reward_model(found, "orpo-lite generate")
     if to is None and found.run is None:
         raise RecipeError(
             where="--to",

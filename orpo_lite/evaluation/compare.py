@@ -55,15 +55,18 @@ class Metrics:
     """
 
     accuracy: Interval
-    """Share of pairs whose chosen reply has the higher mean log-probability. A tie does not count
-    as higher."""
+    """Share of pairs whose chosen reply has the higher mean log-probability or reward. A tie does
+    not count as higher."""
     margin: Interval
     """Mean log-probability of the chosen reply minus the mean log-probability of the rejected
-    reply, in nats per token. TRL's rewards/margins is this value times beta."""
+    reply, in nats per token. TRL's rewards/margins is this value times beta. Of a reward model: the
+    reward of the chosen reply minus the reward of the rejected reply."""
     log_odds: Interval
-    """Log of the odds ratio of chosen to rejected, Eq. 4 and 5 of the ORPO paper."""
+    """Log of the odds ratio of chosen to rejected, Eq. 4 and 5 of the ORPO paper. A reward model
+    has no odds."""
     nll: Interval
-    """Negative log-likelihood of the chosen sequences per counted token."""
+    """Negative log-likelihood of the chosen sequences per counted token. A reward model has
+    none."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,8 @@ def _means(scores: Sequence[PairScores], prompts_P: Sequence[bytes]) -> list[Mea
         chosen_P, rejected_P = one.chosen_P.numpy(), one.rejected_P.numpy()
         margin_P = chosen_P - rejected_P
         odds_P = log_odds(one.chosen_P.float(), one.rejected_P.float()).double().numpy()
+        if one.are_rewards:
+            odds_P = np.full_like(margin_P, np.nan)
         # If the score of a pair is not finite, the accuracy is unknown too.
         won_P = np.where(np.isfinite(margin_P), chosen_P > rejected_P, np.nan)
         numerators += [won_P, margin_P, odds_P, one.nll_P.numpy()]
@@ -282,8 +287,8 @@ class _Judged:
     @property
     def is_equal(self) -> bool:
         """True if all scores are equal. Then the difference is exactly 0."""
-        means = self.differences.values()
-        return not any(mean.resampled_B.any() or mean.value for mean in means)
+        known = [mean for mean in self.differences.values() if not math.isnan(mean.value)]
+        return not any(mean.resampled_B.any() or mean.value for mean in known)
 
     @property
     def contradicts(self) -> bool:

@@ -66,7 +66,8 @@ def evaluate(
             run held out. If ``data.dataset_name`` is given, the held-out split of this dataset is
             scored. If it has no such split, all of its rows are scored.
         against: the model to compare with: a name as in ``models``, or ``"base"`` for the base of
-            each run. None: each run is compared with its base, and other models are only scored.
+            each run. None: each run is compared with its base. Reward models and models
+            without an adapter are only scored.
         base_path: where the base of the runs is now, if its folder was moved.
 
     Raises:
@@ -95,7 +96,7 @@ def evaluate_events(
             expected="the name of a run folder, of a merged folder or of a hub model",
             fix=Command("orpo-lite eval runs/demo"),
         )
-    changed = _data_values(data)
+    changed = data_values(data)
     other = None if against in (None, BASE) else str(against)
     names = [*dict.fromkeys([*map(str, models), *([other] if other else [])])]
     yield Update("stage", f"finding {', '.join(names)}")
@@ -125,7 +126,7 @@ def evaluate_events(
     return evaluation
 
 
-def _data_values(texts: Sequence[str]) -> dict[str, Any]:
+def data_values(texts: Sequence[str]) -> dict[str, Any]:
     """Return the values of ``data.key=value`` texts. Raise RecipeError if a text is wrong."""
     for text in texts:
         if not text.startswith("data.") or "=" not in text:
@@ -142,11 +143,14 @@ def _data_values(texts: Sequence[str]) -> dict[str, Any]:
 
 def _refuse_without_adapter(found: Iterable[FoundModel]) -> None:
     for model in found:
-        if model.adapter is None:
+        if not _has_base_scores(model):
+            reason = "has no adapter to switch off"
+            if model.adapter:
+                reason = "is a reward model, and its base has no score head"
             raise CheckpointError(
                 where=f"--against {BASE}",
-                found=f"{model.name} has no adapter to switch off",
-                expected="the folder of a run",
+                found=f"{model.name} {reason}",
+                expected="the folder of a run that trained a language model",
                 fix="--against MODEL, where MODEL is the folder or the hub name of the base",
             )
 
@@ -301,9 +305,10 @@ def _compare_prompts(
 def _base_names(found: Mapping[str, FoundModel]) -> dict[str, str]:
     """Return for each model with an adapter the name of its base in the table.
 
-    The name is ``base`` if all models have the same base, else ``base of RUN``.
+    The name is ``base`` if all models have the same base, else ``base of RUN``. The base of a
+    reward model is left out, because without the adapter its score head has random weights.
     """
-    adapted = {name: model for name, model in found.items() if model.adapter}
+    adapted = {name: model for name, model in found.items() if _has_base_scores(model)}
     first: dict[tuple[Any, ...], str] = {}
     for name, model in adapted.items():
         first.setdefault(_base_key(model), name)
@@ -312,6 +317,10 @@ def _base_names(found: Mapping[str, FoundModel]) -> dict[str, str]:
         name: BASE if is_one else f"{BASE} of {first[_base_key(model)]}"
         for name, model in adapted.items()
     }
+
+
+def _has_base_scores(model: FoundModel) -> bool:
+    return model.adapter is not None and not model.recipe.loss.trains_reward_model
 
 
 def _base_key(model: FoundModel) -> tuple[Any, ...]:

@@ -24,6 +24,8 @@ NOISE = 4.0
 16,000 differences is so large, and a run has some dozens of differences. OURS."""
 RISE = 0.10
 """The loss diverges if its mean is this much (relative) above its lowest mean. OURS."""
+LEAST_RISE = 0.01
+"""A smaller rise never counts: a loss near 0 may rise many times over without harm. OURS."""
 HELD_OUT_RISE = 0.02
 """A run over-fits if its held-out loss is this much (relative) above its lowest value, twice in a
 row. OURS."""
@@ -36,8 +38,8 @@ authors say 0."""
 REJECTED_LOW = -5.0
 """A rejected log-prob below this is low. The authors say -5 to -10."""
 SINK = 0.1
-"""Both log-probs sink if each falls by this many nats (10% of a token's probability). OURS. The
-authors' experience, and Figs 7 and 9 of the paper: λ = 1 sinks both, λ = 0.1 keeps them close."""
+"""Both log-probs sink if each falls by this many nats (10% of a token's probability). OURS. Figs 7
+and 9 of the paper: λ = 1 sinks both, λ = 0.1 keeps them close."""
 STRONG_BETA = 0.1
 """According to the authors, this λ keeps the log-probs close to their start. The paper trains
 Mistral with it."""
@@ -48,8 +50,8 @@ FLAT_LOSS = 0.01
 FLAT_ODDS = 0.02
 """Log odds that rise by less than this count as not risen. 0.02 means 2% higher odds. OURS."""
 HIGH_START = 0.75
-"""Before the first step, an accuracy of this value or more is high. A base starts near 0.5 to 0.6.
-The authors say that a high value means patterned data, but name no number. The number is OURS."""
+"""An accuracy of this value before the first step is high: a base starts near 0.5 to 0.6. The
+authors say that a high value means patterned data. The number is OURS."""
 LENGTH_MATTERS = 0.65
 """If a rule that only looks at length has this accuracy, length says much about the pairs. OURS."""
 
@@ -93,10 +95,7 @@ class Curves:
 
     @classmethod
     def of(
-        cls,
-        rows: Sequence[Row],
-        settings: Mapping[str, Any],
-        data: Mapping[str, Any] | None = None,
+        cls, rows: Sequence[Row], settings: Mapping[str, Any], data: Mapping[str, Any] | None = None
     ) -> "Curves":
         """Create curves from the rows of metrics.jsonl, the settings, and data.json.
 
@@ -210,7 +209,7 @@ def diverging(curves: Curves) -> Finding | None:
         reason = f"The loss is not finite at {count}, first at step {lost[0]}."
     elif windows := curves.windows("loss"):
         lowest, last = min(windows.means), windows.means[-1]
-        if last - lowest > max(RISE * abs(lowest), windows.error):
+        if last - lowest > max(RISE * abs(lowest), LEAST_RISE, windows.error):
             reason = f"The mean training loss rose from {lowest:.3g} to {last:.3g}."
     if not reason:
         return None
@@ -223,10 +222,11 @@ def diverging(curves: Curves) -> Finding | None:
         "Diverging",
         "serious",
         reason,
-        f"The loss is not finite, or its last mean is over {RISE:.0%} above its lowest mean.",
+        f"The loss is not finite, or its last mean is {RISE:.0%} ({LEAST_RISE} or more) above its "
+        "lowest mean.",
         OURS,
-        "Train again with a fifth of the learning rate. If this run has held-out pairs, it keeps "
-        "the adapter of its best evaluation.",
+        "Train again with a fifth of the learning rate. A run with held-out pairs keeps its best "
+        "adapter.",
         values,
     )
 
@@ -252,7 +252,8 @@ def over_fitting(curves: Curves) -> Finding | None:
     if losses:
         lowest = float(best["loss"])
         after = [float(row["loss"]) for row in losses[losses.index(best) + 1 :]]
-        is_high = len(after) >= 2 and min(after[-2:]) > lowest + HELD_OUT_RISE * abs(lowest)
+        rise = max(HELD_OUT_RISE * abs(lowest), LEAST_RISE)
+        is_high = len(after) >= 2 and min(after[-2:]) > lowest + rise
         # If only the first steps were too large, the loss rises too, but then falls again.
         if is_high and after[-1] - lowest > STILL_HIGH * (max(after) - lowest):
             reasons.append(
@@ -267,8 +268,8 @@ def over_fitting(curves: Curves) -> Finding | None:
         "serious",
         " ".join(reasons),
         f"The chosen log-prob is above {CHOSEN_NEAR_0} and the rejected one below "
-        f"{REJECTED_LOW:g}. Or the held-out loss is over {HELD_OUT_RISE:.0%} above its lowest "
-        "value, twice in a row, and is not falling again.",
+        f"{REJECTED_LOW:g}. Or the held-out loss is over {HELD_OUT_RISE:.0%} (and at "
+        f"least {LEAST_RISE}) above its lowest value, twice in a row, and is not falling again.",
         f"{AUTHORS}; the limits of the held-out loss are thresholds of orpo-lite",
         "Train for fewer steps, or with a lower learning rate or more data.",
         _shorter(curves, best.get("step")),
@@ -452,10 +453,10 @@ def _shorter(curves: Curves, best: object) -> dict[str, Any]:
 def _accuracy_before(curves: Curves) -> tuple[float | None, int, str]:
     """Return (accuracy before the first step, number of pairs, "held-out" or "training").
 
-    The accuracy is None if it was not measured.
+    The accuracy is None if it says nothing about the data or was not measured.
     """
     name = "rewards/accuracies"
-    if curves.objective == "dpo":  # before the first step, all rewards are 0
+    if curves.objective in ("dpo", "reward"):  # all rewards are 0, or a new head is random
         return None, 0, ""
     held_out = curves.data.get("held_out_pairs")
     if curves.held_out and curves.held_out[0].get("step") == 0:

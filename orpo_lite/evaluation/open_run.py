@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from orpo_lite import demo
 from orpo_lite.base.find import Base, fetch_weights, find_base, load_tokenizer, pad_id
@@ -17,9 +18,11 @@ from orpo_lite.errors import CheckpointError, FitError, ModelError, first_line
 from orpo_lite.model.generate import Answerer
 from orpo_lite.model.load import choose_dtype, load_base, load_pair_model
 from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.score_head import is_reward_model
 from orpo_lite.ops.devices import device_kind, dtype_name, is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.changes import trained_recipe
+from orpo_lite.runs.commands import quoted
 from orpo_lite.runs.folder import FOLDERS, find_finished_adapter, find_merged, find_trained_base
 from orpo_lite.runs.lock import read_lock, with_pinned_base
 from orpo_lite.updates import Update
@@ -151,6 +154,7 @@ def find_model(
             "model.model_name_or_path": base.name,
             "model.model_revision": base.revision or "main",
             "quantization.load_in_4bit": False,
+            **({"loss.type": "reward"} if is_reward_model(base.config) else {}),
         }
     )
     device = choose_device(recipe)
@@ -200,10 +204,29 @@ def load_model(found: FoundModel) -> OpenRun:
         if found.adapter:
             model = load_pair_model(found.loading, found.base, found.device)
         else:
-            base = load_base(found.loading, found.base, found.device)
-            model = PairModel(base.requires_grad_(False), found.recipe.memory)
+            model = load_merged(found.loading, found.base, found.device)
     model.train(False)
     return OpenRun(**vars(found), model=model, tokenizer=tokenizer)
+
+
+def load_merged(recipe: Recipe, base: Base, device: torch.device) -> PairModel:
+    """Load a language model or a reward model that has no adapter."""
+    kind = AutoModelForCausalLM
+    if is_reward_model(base.config):
+        kind = AutoModelForSequenceClassification
+    return PairModel(load_base(recipe, base, device, kind).requires_grad_(False), recipe.memory)
+
+
+def refuse_reward_model(found: FoundModel, where: str) -> None:
+    """Raise ModelError if a model writes no text. ``where``: the command that needs text."""
+    if found.recipe.loss.trains_reward_model:
+        raise ModelError(
+            where=where,
+            found=f"{found.name} is a reward model, which writes no text",
+            expected="a language model",
+            fix=f"orpo-lite score {quoted(Path(found.name))} --data FILE writes the rewards of the "
+            "replies in FILE",
+        )
 
 
 @contextmanager

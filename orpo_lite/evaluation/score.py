@@ -1,4 +1,4 @@
-"""Score pairs with a loaded model: compute the log-probabilities of both replies of each pair."""
+"""Score pairs with a loaded model: compute log-probabilities or rewards of both replies."""
 
 from collections.abc import Generator, Sequence
 
@@ -33,6 +33,8 @@ def score_pairs(
             pairs, no route is used.
     """
     yield Update("stage", stage)
+    if model.head.module is None:  # a merged reward model: the probe needs an output head
+        route = route or "rows"
     if route:
         model.route = route
     elif recipe.memory.packing:

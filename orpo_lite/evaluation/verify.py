@@ -17,11 +17,17 @@ from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import Command
 from orpo_lite.evaluation.gain import Kept, kept_gain, pair_log_odds
 from orpo_lite.evaluation.intervals import Numbers
-from orpo_lite.evaluation.open_run import FoundModel, explain_out_of_memory, find_model
+from orpo_lite.evaluation.open_run import (
+    FoundModel,
+    explain_out_of_memory,
+    find_model,
+    load_merged,
+)
 from orpo_lite.evaluation.score import score_pairs
-from orpo_lite.model.load import choose_dtype, load_base, load_pair_model
+from orpo_lite.model.load import choose_dtype, load_pair_model
 from orpo_lite.model.pair_model import PairModel, Route
 from orpo_lite.model.probe_values import rounded_input
+from orpo_lite.model.score_head import output_head_names
 from orpo_lite.ops.devices import device_kind, dtype_name
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
@@ -32,6 +38,7 @@ from orpo_lite.runs.lock import refuse_other_pairs
 from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, with_torch_defaults
 
+LOGPS, REWARDS = "log-probabilities", "rewards"
 PAIRS = 200  # most pairs to compare
 EXACT = 1e-4  # a float32 mean log-probability changes by up to this if sums have another order
 # In 16 bit, a difference is allowed up to this many times the effect of rounding the first layer's
@@ -46,18 +53,19 @@ class Row:
 
     model: str
     accuracy: float
-    """Share of pairs whose chosen reply has the higher mean log-probability."""
+    """Share of pairs whose chosen reply has the higher mean log-probability or reward."""
     margin: float
-    """Difference of the mean log-probabilities of the chosen and the rejected reply, averaged over
-    the pairs."""
+    """Difference of the scores of the chosen and the rejected reply, averaged over the pairs."""
     chosen: float
-    """Mean log-probability of the chosen replies, averaged over the pairs."""
+    """Score of the chosen replies, averaged over the pairs."""
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The result of comparing a merged model with its base plus the adapter."""
 
+    quantity: str
+    """What is compared: :data:`LOGPS`, or :data:`REWARDS` for a reward model."""
     rows: tuple[Row, ...]
     """One row for each model: first the base with the adapter, in 4 bit, in 16 bit or both; then
     the merged model."""
@@ -65,11 +73,10 @@ class Verdict:
     held_out: bool
     """False if the run held out no pairs. Then pairs of its training were compared."""
     difference: float
-    """Largest difference of a mean log-probability between the merged model and the base with the
-    adapter."""
+    """Largest difference of a score between the merged model and the base with the adapter."""
     effect: float
-    """Largest difference of a mean log-probability between the base with and without the adapter.
-    """
+    """Largest difference of a score between the base with and without the adapter. Without the
+    adapter, the score head of a reward model has random weights."""
     bound: float
     """Limit of ``difference``: :data:`EXACT`. If the merged weights are in 16 bit or were compared
     on a GPU, the limit is :data:`LOST` times ``effect`` if this is larger."""
@@ -79,7 +86,8 @@ class Verdict:
     missing: tuple[str, ...] = ()
     """Names of the base's tensors that the merged model does not have in the same shape."""
     kept: Kept | None = None
-    """The share of the adapter's gain that the merged model keeps, measured on these pairs."""
+    """The share of the adapter's gain that the merged model keeps, measured on these pairs. None:
+    the model is a reward model, which has no log odds."""
     base_log_odds: tuple[float, ...] = ()
     """Log odds ratio of each pair, computed with the base that the adapter was merged onto."""
     trained_gain: tuple[float, ...] = ()
@@ -105,7 +113,7 @@ class Verdict:
     def explanation(self) -> str:
         """The reason for the outcome, in words."""
         allowed = max(self.bound, self.rounding)
-        text = f"log-probabilities differ by at most {self.difference:.2g} (limit {allowed:.2g})"
+        text = f"{self.quantity} differ by at most {self.difference:.2g} (limit {allowed:.2g})"
         if self.missing:
             count, first = len(self.missing), self.missing[0]
             text = f"{count} of the base's tensors are missing ({first} ...); {text}"
@@ -157,6 +165,7 @@ def _compare(
     merged = find_merged(path, weights)
     trained = find_model(path, base_path=base_path, command="merge")
     recipe, base, device = trained.recipe, trained.base, trained.device
+    is_reward = recipe.loss.trains_reward_model
     pairs, held_out = yield from pairs_to_compare(trained, path)
     dtype = dtype_name(choose_dtype(recipe.model.dtype, device_kind(device)))
     if recipe.quantization.load_in_4bit and weights == "dequantized":
@@ -187,12 +196,13 @@ def _compare(
         with rounded_input(model):
             rounded, _ = yield from _score(model, pairs, recipe, "the base, rounded", route)
         rounding = ROUNDINGS * float((rounded - expected).abs().max())
+    unused = output_head_names(model.causal) if is_reward else []
     if trained_gain_P is None:
         trained_gain_P = pair_log_odds(expected) - pair_log_odds(plain)
     del model
     yield Update("stage", "loading the merged model")
     merged_base = Base(str(merged), merged, None, "", read_config(merged, str(merged)))
-    model = PairModel(load_base(recipe.override(in_16bit), merged_base, device), recipe.memory)
+    model = load_merged(recipe.override(in_16bit), merged_base, device)
     found, _ = yield from _score(model, pairs, recipe, "the merged model", route)
     scores["merged"] = found
     stored = stored_tensors(merged)
@@ -201,21 +211,25 @@ def _compare(
     missing = [
         name
         for name, tensor in stored_tensors(base.path).items()
-        if shapes.get(name) != tensor.shape
+        if shapes.get(name) != tensor.shape and name not in unused
     ]
     base_P = pair_log_odds(plain)
     gain_P = pair_log_odds(found) - base_P
     effect = float((expected - plain).abs().max())
+    # A reward may be far from 0, and rounding is relative.
+    exact = EXACT * max(1.0, float(expected.abs().max())) if is_reward else EXACT
+    kept = kept_gain("merged", gain_P, trained_gain_P, [pair.prompt for pair in pairs])
     verdict = Verdict(
+        quantity=REWARDS if is_reward else LOGPS,
         rows=tuple(_row(name, values) for name, values in scores.items()),
         pairs=len(pairs),
         held_out=held_out,
         difference=float((found - expected).abs().max()),
         effect=effect,
-        bound=max(EXACT, LOST * effect) if is_16bit or device.type == "cuda" else EXACT,
+        bound=max(exact, LOST * effect) if is_16bit or device.type == "cuda" else exact,
         rounding=rounding,
         missing=tuple(missing),
-        kept=kept_gain("merged", gain_P, trained_gain_P, [pair.prompt for pair in pairs]),
+        kept=None if is_reward else kept,
         base_log_odds=tuple(base_P.tolist()),
         trained_gain=tuple(trained_gain_P.tolist()),
     )
@@ -274,9 +288,9 @@ def _score(
     by: str,
     route: Route | None = None,
 ) -> Generator[Update, None, tuple[Tensor, Route]]:
-    """Return the mean log-probabilities of the replies, and the route that the pairs took.
+    """Return the scores of the replies, and the route that the pairs took.
 
-    The log-probabilities have shape (2, P): chosen, rejected, in float64. ``by`` names the model in
+    The scores have shape (2, P): chosen, rejected, in float64. ``by`` names the model in
     updates.
     """
     scores = yield from score_pairs(model, pairs, recipe, f"scoring pairs by {by}", route)

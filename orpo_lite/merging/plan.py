@@ -23,7 +23,7 @@ from orpo_lite.merging.names import Origin, find_origins
 from orpo_lite.model.adapter import BASE_LAYER, add_lora
 from orpo_lite.model.load import bare_base
 from orpo_lite.model.quantize import bypassed_layers, is_transposed, quantizable
-from orpo_lite.model.score_head import SCORE, SCORE_TENSOR
+from orpo_lite.model.score_head import SCORE, SCORE_TENSOR, output_head_names
 from orpo_lite.recipe.schema import QuantizationSection, Recipe
 from orpo_lite.runs.commands import Weights
 
@@ -120,7 +120,7 @@ def make_plan(
     """
     plain = recipe.override({"quantization.load_in_4bit": False})
     model = bare_base(plain, base.config, torch.float32)
-    head = _own_head(model)
+    head = output_head_names(model)
     origins = find_origins(model, stored)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     tied, quantised, bypassed = _tied_parameters(model), quantizable(model), bypassed_layers(model)
@@ -163,16 +163,6 @@ def make_plan(
         bypassed=tuple(layer.name for layer in layers if layer.name in bypassed),
         settings=recipe.quantization,
     )
-
-
-def _own_head(model: Any) -> list[str]:
-    """Return the names of the output head's parameters that belong to no other layer."""
-    tied, head = _tied_parameters(model), model.get_output_embeddings()
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if name not in tied and any(parameter is one for one in head.parameters())
-    ]
 
 
 def _refuse_adapted_head(layers: Sequence[AdaptedLayer], head: Sequence[str]) -> None:

@@ -127,8 +127,13 @@ def _as_pair_model(model: nn.Module, recipe: Recipe, folder: Path | None) -> Pai
     return pair_model
 
 
-def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
+def load_base(
+    recipe: Recipe, base: Base, device: torch.device, kind: Any = AutoModelForCausalLM
+) -> nn.Module:
     """Load the base without an adapter, with the recipe's dtype, attention and quantization.
+
+    ``kind``: transformers' class that loads it. AutoModelForSequenceClassification loads a merged
+    reward model.
 
     Raises:
         FitError: a package that 4-bit quantization needs is missing.
@@ -158,9 +163,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
     log = _LoadingLog()
     try:
         with log.recording():
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                base.path, output_loading_info=True, **options
-            )
+            model, loading = kind.from_pretrained(base.path, output_loading_info=True, **options)
     except ImportError as error:
         raise FitError(
             where=f"model {base.name}",

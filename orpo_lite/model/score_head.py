@@ -62,6 +62,24 @@ def reward_config(config: Any) -> Any:
     return config
 
 
+def is_reward_model(config: Any) -> bool:
+    """Return whether a transformers configuration is that of a merged reward model."""
+    names = getattr(config, "architectures", None) or [""]
+    return str(names[0]).endswith("ForSequenceClassification") and config.num_labels == 1
+
+
+def output_head_names(model: Any) -> list[str]:
+    """Return the names of the output head's parameters that belong to no other layer.
+
+    A merged reward model has a score head in place of these parameters.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    of_head = (owners[id(parameter)] for parameter in model.get_output_embeddings().parameters())
+    return [names[0] for names in of_head if len(names) == 1]
+
+
 def merged_reward_config(config: Any, pad_id: int | None) -> dict[str, Any]:
     """Return the entries of config.json that make a merged model a reward model.
 

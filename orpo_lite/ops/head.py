@@ -31,8 +31,9 @@ CHUNK_BYTES = 96 << 20
 class Head:
     """The output layer: ``softcap(scale * (hidden @ weight.T + bias))``."""
 
-    module: nn.Module
-    """The output embedding. It may be frozen, trained, adapted or quantised."""
+    module: Any
+    """The output embedding. It may be frozen, trained, adapted or quantised. None: a merged reward
+    model has no output embedding."""
     scale: float = 1.0
     """Factor of the logits: Cohere's ``logit_scale``, or 1 / Granite's ``logits_scaling``."""
     softcap: float | None = None

@@ -26,6 +26,11 @@ class PairScores(NamedTuple):
     nll_tokens_P: Tensor
     """Number of tokens in the sum ``nll_P``; 0 for a reward model."""
 
+    @property
+    def are_rewards(self) -> bool:
+        """True if the scores are those of a reward model."""
+        return not self.nll_tokens_P.any()
+
 
 def pair_rewards(rewards_2P: Tensor) -> PairScores:
     """Return the scores of P pairs from the rewards of their responses, chosen first, (2, P)."""

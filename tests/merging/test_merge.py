@@ -308,7 +308,7 @@ TIED = {"tie_word_embeddings": True}
             {},
             "its type, Embedding with DoRA, cannot be merged",
         ),
-        ({}, {"target_modules": ["q_proj"]}, {"task_type": "SEQ_CLS"}, "task_type: 'SEQ_CLS'"),
+        ({}, {"target_modules": ["q_proj"]}, {"task_type": "SEQ_CLS"}, "task_type SEQ_CLS"),
         ({}, {"target_modules": ["q_proj"]}, {"rank_pattern": {"q_proj": 2}}, "has rank 4"),
         (
             {},
@@ -1008,7 +1008,7 @@ def test_a_gpu_that_is_too_small_to_verify_on_is_said(
 
     _, result = trained
     merge(result.run)
-    monkeypatch.setattr("orpo_lite.evaluation.verify.load_base", explode)
+    monkeypatch.setattr("orpo_lite.evaluation.verify.load_merged", explode)
     with pytest.raises(FitError, match="the GPU is out of memory") as raised:
         verify(result.run)
     assert isinstance(raised.value.fix, Command)

@@ -24,6 +24,7 @@ from orpo_lite.data.packing import (
 from orpo_lite.data.pair import TokenizedPair, common_prefix
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.score_head import add_score_head
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.ops import blockwise_attention, layers
@@ -52,13 +53,21 @@ def recipe(**memory: Any) -> Recipe:
     return Recipe.model_validate(tree)
 
 
-def build(make: Callable[[], Any] = tiny_llama, dropout: float = 0.0, **memory: Any) -> PairModel:
+def build(
+    make: Callable[[], Any] = tiny_llama,
+    dropout: float = 0.0,
+    task: str = "CAUSAL_LM",
+    **memory: Any,
+) -> PairModel:
     """A float64 toy with a drawn adapter and these memory settings; the same weights at every call."""
     config = LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout
+        r=4, lora_alpha=8, target_modules="all-linear", task_type=task, lora_dropout=dropout
     )
+    base = make()
+    if task == "SEQ_CLS":
+        add_score_head(base, seed=0)
     torch.manual_seed(1)
-    model = in_float64(get_peft_model(make(), config))
+    model = in_float64(get_peft_model(base, config))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)

@@ -847,10 +847,10 @@ OWNERS: dict[str, tuple[str, str]] = {
     "loss.label_smoothing": ("trl.DPOConfig", "label_smoothing"),
     "loss.rpo_alpha": (OURS, ""),  # TRL's name until loss_weights replaced it
     "loss.cpo_alpha": ("trl.experimental.cpo.CPOConfig", "cpo_alpha"),
-    "loss.center_rewards_coefficient": ("trl.RewardConfig", "center_rewards_coefficient"),
     "loss.simpo_gamma": ("trl.experimental.cpo.CPOConfig", "simpo_gamma"),
     "loss.ratio_of": (OURS, ""),
     "loss.reference_adapter_name_or_path": (OURS, ""),
+    "loss.center_rewards_coefficient": ("trl.RewardConfig", "center_rewards_coefficient"),
     "training.output_dir": ("transformers.TrainingArguments", "output_dir"),
     "training.learning_rate": ("transformers.TrainingArguments", "learning_rate"),
     "training.global_batch_size": (OURS, "pairs per optimizer step over all devices"),

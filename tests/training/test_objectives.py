@@ -32,6 +32,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "simpo with nll": {"type": "simpo", "beta": 2, "cpo_alpha": 0.3},
     "probability_ratio": {"type": "probability_ratio", "beta": 0.5},
     "probability_ratio sum": {"type": "probability_ratio", "ratio_of": "sum"},
+    "reward": {"type": "reward"},
+    "reward centred": {"type": "reward", "center_rewards_coefficient": 0.01},
 }
 FORMS: dict[str, dict[str, Any]] = {
     "padded": {"memory__packing": "false", "memory__micro_batch_size": 8},
@@ -62,6 +64,16 @@ def written_out(
         logits = model.model(input_ids=row, use_cache=False).logits
         return logits[:, :-1].log_softmax(-1).gather(-1, row[:, 1:, None])[0, :, 0]
 
+    def reward(ids: Any) -> torch.Tensor:
+        row = torch.tensor([list(ids)])
+        hidden = model.backbone(input_ids=row, use_cache=False).last_hidden_state[0, -1]
+        return hidden @ model.score_head.weight[0]
+
+    if loss.type == "reward":
+        both = [(reward(pair.chosen_ids), reward(pair.rejected_ids)) for pair in pairs]
+        weight = loss.center_rewards_coefficient or 0.0
+        losses = [-torch.log(torch.sigmoid(w - r)) + weight * (w + r) ** 2 for w, r in both]
+        return torch.stack(losses).mean()
     nll, compared = [], []
     for pair in pairs:
         chosen = token_logps(pair.chosen_ids)
@@ -113,20 +125,25 @@ def settings_of(loss: dict[str, Any], **values: Any) -> Recipe:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_objective_is_its_formula_in_every_form_of_the_step(loss: str) -> None:
-    model, settings = build(), settings_of(LOSSES[loss])
+    settings = settings_of(LOSSES[loss])
+    task = "SEQ_CLS" if settings.loss.type == "reward" else "CAUSAL_LM"
+    model = build(task=task)
     pairs, objective = pairs_for(settings.loss), find_objective(settings.loss)
     value = written_out(model, pairs, settings.loss)
     parameters = [parameter for _, parameter in model.trained()]
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
     assert expected.norm() > 1e-3
-    others = MEMORY_SETTINGS if loss in ("sft", "dpo") else {"all": MEMORY_SETTINGS["all"]}
+    others = (
+        MEMORY_SETTINGS if loss in ("sft", "dpo", "reward") else {"all": MEMORY_SETTINGS["all"]}
+    )
     forms = FORMS | {
         name: {f"memory__{key}": str(value).lower() for key, value in memory.items()}
         for name, memory in others.items()
     }
     for form, memory in forms.items():
         settings = settings_of(LOSSES[loss], **memory)
-        model = build(**{key.removeprefix("memory__"): value for key, value in memory.items()})
+        values = {key.removeprefix("memory__"): value for key, value in memory.items()}
+        model = build(task=task, **values)
         found, parts = gradients(model, pairs, settings)
         assert (found - expected).norm() / expected.norm() < 1e-12, form
         metrics = objective.metrics(parts)

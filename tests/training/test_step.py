@@ -18,6 +18,7 @@ from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model import held_out
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
+from orpo_lite.model.score_head import add_score_head
 from orpo_lite.objectives.objective import Divisors, find_objective
 from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.recipe.reader import load_recipe
@@ -38,12 +39,17 @@ def recipe(**values: Any) -> Recipe:
 
 
 def lora_model(
-    base: torch.nn.Module, dtype: torch.dtype = torch.float64, dropout: float = 0.0
+    base: torch.nn.Module,
+    dtype: torch.dtype = torch.float64,
+    dropout: float = 0.0,
+    task: str = "CAUSAL_LM",
 ) -> PairModel:
     """LoRA on every linear layer, with B drawn too, for at B = 0 the gradient of A vanishes."""
     config = LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout
+        r=4, lora_alpha=8, target_modules="all-linear", task_type=task, lora_dropout=dropout
     )
+    if task == "SEQ_CLS":
+        add_score_head(base, seed=0)
     model = get_peft_model(base, config).to(dtype)  # type: ignore[arg-type]
     model = in_float64(model) if dtype == torch.float64 else model
     torch.manual_seed(1)
@@ -232,6 +238,9 @@ gradients_of_processes(sys.argv[1])
 """
 
 
+OBJECTIVES = ("sft", "dpo", "reward")
+
+
 def gradients_of_processes(folder: str) -> None:
     """What each of the launched processes runs: three steps' gradients, saved by the first."""
     processes = Processes(cpu=True)
@@ -248,17 +257,18 @@ def gradients_of_processes(folder: str) -> None:
             saved[f"{reduction} {count}"] = gradients(
                 model, ragged_pairs(count), settings, processes
             )
-    saved |= {loss: of_objective(model, loss, processes) for loss in ("sft", "dpo")}
+    saved |= {loss: of_objective(loss, processes) for loss in OBJECTIVES}
     saved["evaluation"] = evaluation(model, processes)
     if processes.is_main:
         torch.save(saved, f"{folder}/gradients.pt")
 
 
-def of_objective(model: Any, loss: str, processes: Processes) -> tuple[torch.Tensor, list[float]]:
+def of_objective(loss: str, processes: Processes) -> tuple[torch.Tensor, list[float]]:
     """The gradient of seven pairs by another objective."""
     from test_objectives import LOSSES, pairs_for, settings_of
 
     settings = settings_of(LOSSES[loss], memory__micro_batch_size=2)
+    model = lora_model(tiny_llama(), task="SEQ_CLS" if loss == "reward" else "CAUSAL_LM")
     return gradients(model, pairs_for(settings.loss, 7), settings, processes)
 
 
@@ -318,8 +328,8 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
             vector, parts = saved[f"{reduction} {count}"]
             assert (vector - expected).norm() / expected.norm() < 1e-12
             assert parts == pytest.approx(figures, rel=1e-12)
-    for loss in ("sft", "dpo"):
-        expected, figures = of_objective(model, loss, Processes(cpu=True))
+    for loss in OBJECTIVES:
+        expected, figures = of_objective(loss, Processes(cpu=True))
         assert (saved[loss][0] - expected).norm() / expected.norm() < 1e-12
         assert saved[loss][1] == pytest.approx(figures, rel=1e-12)
     metrics, scores = saved["evaluation"]

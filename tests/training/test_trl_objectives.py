@@ -10,16 +10,20 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama, write_pairs
 from datasets import load_dataset
+from peft import get_peft_model, set_peft_model_state_dict
 from test_objectives import settings_of
 from test_step import lora_model
 from test_trl import BATCH, STEPS, TRAINER, flat_gradients, flat_weights
 from torch.utils.data import SequentialSampler
+from transformers import LlamaForSequenceClassification
 
 from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.model.adapter import adapter_tensors
 from orpo_lite.model.held_out import score
 from orpo_lite.model.optimizer import make_optimizer
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
+from orpo_lite.model.score_head import reward_config
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.training.step import accumulate, update
 from orpo_lite.updates import run_to_end, staged
@@ -48,6 +52,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Sequence[str]]] = {
         {"type": "simpo", "simpo_gamma": 0.7, "beta": 2},
         REWARDS + LOGPS,
     ),
+    "reward": (
+        "Reward",
+        {"center_rewards_coefficient": 0.01},
+        {"type": "reward", "center_rewards_coefficient": 0.01},
+        ("accuracy", "margin", "mean_reward"),
+    ),
 }  # fmt: skip
 
 
@@ -56,6 +66,9 @@ def run_trl(kind: str, options: dict[str, Any], model: Any, file: Path) -> tuple
     if kind == "CPO":
         from trl.experimental.cpo import CPOConfig as Config
         from trl.experimental.cpo import CPOTrainer as Trainer
+    elif kind == "Reward":
+        from trl import RewardConfig as Config
+        from trl import RewardTrainer as Trainer
     elif kind == "DPO":
         from trl import DPOConfig as Config
         from trl import DPOTrainer as Trainer
@@ -103,8 +116,20 @@ def run_trl(kind: str, options: dict[str, Any], model: Any, file: Path) -> tuple
     return metrics, gradients, tokens
 
 
+def classifier(model: PairModel) -> Any:
+    """transformers' class for sequence classification with peft, with the weights of our reward model."""
+    causal = tiny_llama(len(byte_tokenizer()))
+    theirs = LlamaForSequenceClassification(reward_config(causal.config))
+    theirs.model.load_state_dict(causal.model.state_dict())
+    wrapped: Any = get_peft_model(theirs, copy.deepcopy(model.model.peft_config["default"]))
+    set_peft_model_state_dict(wrapped, adapter_tensors(model))
+    return wrapped
+
+
 def pair_of(row: dict[str, Any]) -> TokenizedPair:
     """A trainer's row of tokens as a pair of ours."""
+    if row.keys() >= {"chosen_ids", "rejected_ids"} and "prompt_ids" not in row:
+        return TokenizedPair(row["chosen_ids"], row["rejected_ids"], 1, 1, "")
     if "labels" in row:
         return TokenizedPair(row["input_ids"], [], row["labels"].count(-100), 0, "")
     if "prompt_ids" in row:
@@ -127,10 +152,11 @@ def with_reference(model: PairModel, pairs: list[TokenizedPair], settings: Any) 
 @pytest.mark.parametrize("case", CASES)
 def test_ten_steps_equal_trl(case: str, tmp_path: Path) -> None:
     kind, options, loss, names = CASES[case]
-    ours = lora_model(tiny_llama(len(byte_tokenizer())), torch.float32)
-    theirs = copy.deepcopy(ours)
+    task = "SEQ_CLS" if kind == "Reward" else "CAUSAL_LM"
+    ours = lora_model(tiny_llama(len(byte_tokenizer())), torch.float32, task=task)
+    theirs = classifier(ours) if kind == "Reward" else copy.deepcopy(ours).model
     file = write_pairs(tmp_path / "pairs.jsonl", STEPS * BATCH)
-    metrics, gradients, pairs = run_trl(kind, options, theirs.model, file)
+    metrics, gradients, pairs = run_trl(kind, options, theirs, file)
     settings = settings_of(
         loss, training__optim="adamw_torch", training__learning_rate=LEARNING_RATE
     )

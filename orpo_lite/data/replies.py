@@ -1,0 +1,158 @@
+"""Read replies to score: rows with one or several replies to a prompt, or with a pair of replies.
+
+A row of the first kind has a prompt (or an instruction, a question) and a response (or an output,
+an answer, a completion), or a list of them; or it has the messages of a conversation that ends with
+a reply. All other rows are read as preference pairs, as in a training.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from orpo_lite.data.formats.messages import ANSWER_KEYS, normalize
+from orpo_lite.data.formats.names import plain_name
+from orpo_lite.data.formats.values import is_blank
+from orpo_lite.data.pair import Message, Pair, Row
+from orpo_lite.data.pairs import Drops, PairReader
+from orpo_lite.data.sources.source import Source
+from orpo_lite.errors import DataError, raise_all
+from orpo_lite.recipe.schema import DataSection
+
+PROMPTS = ("prompt", "instruction", "question", "query")
+REPLIES = ("response", "output", "completion", "answer", "reply", "generation")
+LISTS = tuple(f"{name}s" if name != "reply" else "replies" for name in REPLIES)
+CONVERSATIONS = ("messages", "conversation", "conversations")
+PAIR = ("chosen", "rejected")
+NO_PROMPT, NO_REPLY = "empty prompt", "empty reply"
+
+
+@dataclass(frozen=True)
+class Replies:
+    """A row with replies to one prompt."""
+
+    where: str
+    """The place of the row, such as answers.jsonl:3."""
+    messages: tuple[Message, ...]
+    """All turns before the replies."""
+    prompt_text: str | None
+    """The prompt as one plain text, for data.chat_template=none."""
+    texts: tuple[str, ...]
+    """The replies. Of a pair: chosen, rejected."""
+    row: Mapping[str, Any]
+    """The columns to write in front of the rewards."""
+    name: str
+    """The name of the rewards' column: reward, rewards, or pair for a pair."""
+    reason: str = ""
+    """Why the replies cannot be scored, if the reader of the row found a reason."""
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The replies as pairs: a pair as it is, and each other reply with an empty other one."""
+        if self.name == "pair":
+            chosen, rejected = self.texts
+            return [Pair(self.messages, chosen, rejected, self.where, self.prompt_text)]
+        return [Pair(self.messages, text, "", self.where, self.prompt_text) for text in self.texts]
+
+
+def read_replies(data: DataSection, sources: Sequence[Source], drops: Drops) -> Iterator[Replies]:
+    """Yield the rows of the datasets in order.
+
+    Args:
+        data: the settings of the data. With data.format or data.column_map, all rows are pairs.
+        sources: the datasets.
+        drops: counts the pairs that are left out, by reason.
+
+    Raises:
+        DataError: rows cannot be read, or the columns are unknown.
+    """
+    for source in sources:
+        first = next(iter(source.rows([])), None)
+        is_pair = data.format != "auto" or data.columns or first is None or not _kind(first[1])
+        yield from _pairs(data, source, drops) if is_pair else _rows(data, source)
+
+
+def _kind(row: Row) -> str:
+    """Return the column with the replies of a row; "" if the row has none, or has a pair."""
+    names = {plain_name(name): name for name in row}
+    if all(name in names for name in PAIR):
+        return ""
+    has_prompt = any(name in names for name in PROMPTS)
+    wanted = (*REPLIES, *LISTS) if has_prompt else CONVERSATIONS
+    return next((names[name] for name in wanted if name in names), "")
+
+
+def _pairs(data: DataSection, source: Source, drops: Drops) -> Iterator[Replies]:
+    reader = PairReader(data, [source])
+    reader.drops = drops
+    for pair in reader:
+        replies = {
+            name: [{"role": "assistant", "content": text}]
+            for name, text in zip(PAIR, (pair.chosen, pair.rejected), strict=True)
+        }
+        row = {"where": pair.where, "prompt": [*pair.messages], **replies}
+        texts = (pair.chosen, pair.rejected)
+        yield Replies(pair.where, pair.messages, pair.prompt_text, texts, row, "pair")
+
+
+def _rows(data: DataSection, source: Source) -> Iterator[Replies]:
+    broken: list[DataError] = []
+    for where, row in islice(source.rows(broken), data.max_samples):
+        yield _read_row(row, where)
+    raise_all(broken)
+
+
+def _read_row(row: Row, where: str) -> Replies:
+    """Return the replies of a row. If the row lacks a text, the result has the reason."""
+    column = _kind(row)
+    name = plain_name(column)
+    if name in CONVERSATIONS:
+        turns = _messages(row[column])
+        if not turns or turns[-1]["role"] != "assistant":
+            return Replies(where, (), None, (), row, "reward", "the last turn is not a reply")
+        return _checked(where, turns[:-1], [turns[-1]["content"]], row, "reward")
+    names = {plain_name(key): key for key in row}
+    prompt = row[next(names[key] for key in PROMPTS if key in names)] if column else None
+    extra = row.get(names.get("input", ""))
+    if isinstance(prompt, str) and isinstance(extra, str) and extra.strip():
+        prompt = f"{prompt}\n\n{extra}"  # Alpaca: the text that the instruction refers to
+    value = row.get(column)
+    values = value if name in LISTS and isinstance(value, list) else [value]
+    return _checked(
+        where, _messages(prompt), [_text(one) for one in values], row,
+        "rewards" if name in LISTS else "reward",
+    )  # fmt: skip
+
+
+def _checked(
+    where: str, turns: Sequence[Message], texts: Sequence[str], row: Row, name: str
+) -> Replies:
+    reason = ""
+    if not turns or not turns[-1]["content"].strip():
+        reason = NO_PROMPT
+    elif not texts or not all(text.strip() for text in texts):
+        reason = NO_REPLY
+    prompt = "\n".join(turn["content"] for turn in turns)
+    return Replies(where, tuple(turns), prompt, tuple(texts), row, name, reason)
+
+
+def _messages(value: Any) -> list[Message]:
+    """Return a text as one user turn, and messages of any known form as {role, content}."""
+    found = normalize(value)
+    if isinstance(found, str):
+        return [{"role": "user", "content": found}]
+    if not isinstance(found, list) or not all(isinstance(turn, Mapping) for turn in found):
+        return []
+    turns = [{key: turn.get(key) for key in ("role", "content")} for turn in found]
+    is_known = all(isinstance(text, str) for turn in turns for text in turn.values())
+    return turns if is_known else []
+
+
+def _text(value: Any) -> str:
+    """Return a reply's text: a text, a message, or an object such as {"response": text}."""
+    found = normalize(value)
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+    if isinstance(found, Mapping):
+        found = next((found[key] for key in ANSWER_KEYS if not is_blank(found.get(key))), "")
+    return found if isinstance(found, str) else ""
