@@ -32,6 +32,7 @@ from orpo_lite.exporting.llama_cpp import (
     require_llama_cpp,
 )
 from orpo_lite.exporting.ollama_template import Render, find_turns, renderer
+from orpo_lite.recipe.schema import DataSection, Recipe
 from orpo_lite.runs.atomic import new_folder, write_text
 from orpo_lite.runs.changes import trained_recipe
 from orpo_lite.runs.commands import Weights, merge_command, quoted
@@ -61,10 +62,6 @@ NO_SCORE_HEAD = {
     "gguf": "llama.cpp has score heads only for some models that rank documents",
     "ollama": "Ollama serves no models that return a score",
 }
-REWARD_REQUEST = (
-    'send a conversation as "messages" to /classify, with "use_activation": false; the reward is '
-    'the number in "probs" (from vLLM\'s documentation)'
-)
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class _Request:
     merged: Path
     outtype: str | None
     weights: Weights
-    is_reward_model: bool
+    recipe: Recipe
 
     def folder(self, to: str, outtype: str = "") -> Path:
         """Return the folder of an export."""
@@ -155,8 +152,8 @@ def export_events(
         )
         raise RecipeError(where="--outtype", found=f"{outtype!r}", expected=expected)
     find_finished_adapter(path)
-    is_reward_model = trained_recipe(path).loss.trains_reward_model
-    if is_reward_model and to != "vllm":
+    recipe = trained_recipe(path)
+    if recipe.loss.trains_reward_model and to != "vllm":
         raise _no_reward_model(path, to, weights)
     if needs_llama_cpp:
         require_llama_cpp()
@@ -164,9 +161,7 @@ def export_events(
     with locked(path) as notes, _replaced_in_errors("RUN", quoted(path)):
         for note in notes:
             yield Update("note", note)
-        return (
-            yield from TARGETS[to](_Request(path, name, merged, outtype, weights, is_reward_model))
-        )
+        return (yield from TARGETS[to](_Request(path, name, merged, outtype, weights, recipe)))
 
 
 def _no_reward_model(path: Path, to: str, weights: Weights) -> ModelError:
@@ -204,13 +199,11 @@ def to_ollama(request: _Request) -> Exporting:
     outtype = request.outtype or _stored_type(request)
     folder = request.folder("ollama", request.outtype or "")
     tokenizer = load_tokenizer(request.merged)
-    recipe = trained_recipe(request.path)
-    if recipe.data.chat_template == "none":
+    data = request.recipe.data
+    if data.chat_template == "none":
         tokenizer.chat_template = None
-    turns, missing = find_turns(
-        renderer(tokenizer, recipe.data.chat_template_kwargs), "chat template"
-    )
-    is_fixed = "date_string" in recipe.data.chat_template_kwargs
+    turns, missing = find_turns(renderer(tokenizer, data.chat_template_kwargs), "chat template")
+    is_fixed = "date_string" in data.chat_template_kwargs
     if "strftime_now" in str(tokenizer.chat_template) and not is_fixed:
         missing.append(
             "the chat template writes today's date; Ollama's template always writes the date of "
@@ -255,16 +248,17 @@ def to_vllm(request: _Request) -> Exporting:
     config = read_json(adapter / "adapter_config.json")
     name, base, rank = request.name, lock["base"], vllm_rank(config, lock["base"])
     notes: list[str] = []
-    if rank is None or request.is_reward_model:
+    is_reward_model = request.recipe.loss.trains_reward_model
+    if rank is None or is_reward_model:
         find_merged(request.path, request.weights)
         feature = not_in_vllm(config, base)
-        if request.is_reward_model:
+        if is_reward_model:
             feature = "an adapter with a score head"
         notes.append(f"vLLM cannot serve {feature}: the command serves the merged model instead")
         parts = ["vllm", "serve", str(request.merged.resolve()), "--served-model-name", name]
-        if request.is_reward_model:
+        if is_reward_model:
             parts += ["--runner", "pooling"]
-            notes.append(REWARD_REQUEST)
+            notes.append(_reward_request(request.recipe.data))
     else:
         parts = ["vllm", "serve", base["name"]]
         if not base["revision"] and not Path(base["name"]).is_dir():
@@ -288,6 +282,20 @@ def to_vllm(request: _Request) -> Exporting:
     with new_folder(folder) as temporary:
         write_text(temporary / "serve.sh", f"#!/bin/sh\n{command}\n")
     return ExportResult(folder, _size(folder), command, tuple(notes))
+
+
+def _reward_request(data: DataSection) -> str:
+    """Return a note that tells how vLLM is asked for a reward, from vLLM's documentation."""
+    text = 'send a conversation as "messages" to /classify'
+    if data.chat_template == "none":
+        text = 'send prompt, reply and end token, joined, as "input" to /classify'
+    keys = ['"use_activation": false']
+    if data.chat_template_kwargs and data.chat_template != "none":
+        keys.append(f'"chat_template_kwargs": {json.dumps(data.chat_template_kwargs)}')
+    return (
+        f'{text}, with {" and ".join(keys)}; the reward is the number in "probs" of the answer '
+        "(from vLLM's documentation)"
+    )
 
 
 TARGETS: dict[str, Callable[[_Request], Exporting]] = {
@@ -348,7 +356,7 @@ def _write_model(
     )
     rows = next((t.stored.shape[0] for t in targets if t.name == "token_embd.weight"), 0)
     tokenizer = load_tokenizer(request.merged)
-    variables = trained_recipe(request.path).data.chat_template_kwargs
+    variables = request.recipe.data.chat_template_kwargs
     if not tokenizer.is_fast:
         raise ModelError(
             where=f"tokenizer in {request.merged}",

@@ -1396,10 +1396,10 @@ def test_what_vllm_does_not_serve_is_served_merged(adapter: dict[str, Any], tmp_
         export(run, "vllm")
 
 
-def reward_run(path: Path) -> Path:
+def reward_run(path: Path, *overrides: str) -> Path:
     """What a finished and merged training of a reward model leaves."""
     run = write_run(path, tiny_llama(520), bytes_tokenizer())
-    recipe = load_recipe(str(run / "recipe.yaml"), ["loss.type=reward"])
+    recipe = load_recipe(str(run / "recipe.yaml"), ["loss.type=reward", *overrides])
     (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     return run
 
@@ -1432,11 +1432,24 @@ def test_vllm_serves_a_reward_model_merged_and_as_a_pooling_model(tmp_path: Path
     words = ["vllm", "serve", str(run / "merged"), "--served-model-name", "run"]
     assert shlex.split(result.command) == [*words, "--runner", "pooling"]
     assert "an adapter with a score head" in result.notes[0]
-    assert "/classify" in result.notes[1]
+    assert 'as "messages" to /classify, with "use_activation": false;' in result.notes[1]
     assert result.command in (result.folder / "serve.sh").read_text(encoding="utf-8")
     (run / "merged" / "config.json").unlink()
     with pytest.raises(CheckpointError, match="orpo-lite merge"):
         export(run, "vllm")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("data.chat_template=none", 'prompt, reply and end token, joined, as "input"'),
+        ('data.chat_template_kwargs={"short": true}', '"chat_template_kwargs": {"short": true}'),
+    ],
+)
+def test_a_request_for_a_reward_is_told_as_in_training(
+    setting: str, said: str, tmp_path: Path
+) -> None:
+    assert said in export(reward_run(tmp_path / "run", setting), "vllm").notes[1]
 
 
 # --- the command

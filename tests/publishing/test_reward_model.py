@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from orpo_lite.api import train
 from orpo_lite.errors import CheckpointError
-from orpo_lite.evaluation.verify import Row, Verdict
+from orpo_lite.evaluation.verify import REWARDS, Row, Verdict
 from orpo_lite.merging.merge import merge
 from orpo_lite.publishing.card_facts import CardOptions
 from orpo_lite.publishing.model_card import make_card
@@ -146,7 +146,9 @@ def test_without_a_chat_template_and_without_a_pad_token(
 @pytest.mark.parametrize("merged", [None, "original"])
 def test_every_part_of_the_card_is_of_a_reward_model(a_run: Path, merged: Weights | None) -> None:
     rows = (Row("base + adapter", 0.5, -0.25, -1.5), Row("merged", 0.75, 0.125, -1.25))
-    verdict = Verdict(rows, pairs=6, held_out=True, difference=1e-6, effect=0.5, bound=1e-4)
+    verdict = Verdict(
+        REWARDS, rows, pairs=6, held_out=True, difference=1e-6, effect=0.5, bound=1e-4
+    )
     (a_run / "merged" / "verify.json").write_text(json.dumps(verdict.to_json()))
     sample = {"source": "neutral", "prompt": "Why?", "before": "no", "after": "yes"}
     (a_run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
