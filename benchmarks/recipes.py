@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from orpo_lite import demo
 from orpo_lite.base.find import find_config
+from orpo_lite.objectives.objective import find_objective
 from orpo_lite.planning.device import CPU_LIMIT
 from orpo_lite.planning.gpus import GPUS
 from orpo_lite.planning.on_meta import worst_case
@@ -28,7 +29,10 @@ def gpu_size(name: str) -> str:
             pass
         recipe = demo.resolve_builtin(recipe)
     config = find_config(recipe.model.model_name_or_path, "main")
-    triples = worst_case(recipe.data.max_length, recipe.training.global_batch_size)
+    has_rejected = "rejected" in find_objective(recipe.loss).needs
+    triples = worst_case(
+        recipe.data.max_length, recipe.training.global_batch_size, has_rejected=has_rejected
+    )
     planner = Planner(recipe, config, triples, "ampere")
     smallest = next(gpu for gpu in GPUS if planner.least_bytes(gpu) <= gpu.memory)
     size = smallest.name.rpartition(", ")[2]

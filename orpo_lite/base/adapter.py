@@ -2,28 +2,61 @@
 
 import json
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from orpo_lite.base.download import ADAPTER, ADAPTER_WEIGHTS, download, refuse_pointers, resolve
-from orpo_lite.errors import ModelError, Overrides, RecipeError, raise_all
+from orpo_lite.errors import Command, ModelError, Overrides, RecipeError, raise_all
+from orpo_lite.recipe.reader import load_recipe, shipped_recipes
 from orpo_lite.recipe.schema import LoraSection, Recipe
 from orpo_lite.recipe.text import to_text
+from orpo_lite.recipe.values import has_form_of_path
+
+INITIAL, REFERENCE = "model.adapter_name_or_path", "loss.reference_adapter_name_or_path"
 
 
-def find_adapter(name: str, key: str = "model.adapter_name_or_path") -> Path:
-    """Return the folder of a LoRA adapter. Download it if ``name`` is not a folder.
+def named_adapters(recipe: Recipe) -> dict[str, str]:
+    """Return the adapters that a training reads: key that names an adapter -> its name."""
+    names = {INITIAL: recipe.model.adapter_name_or_path, REFERENCE: recipe.loss.reference_adapter}
+    return {key: name for key, name in names.items() if name}
+
+
+def missing_adapters(recipe: Recipe) -> dict[str, ModelError]:
+    """Return the local adapters that a recipe names and that are not there: key -> error.
+
+    The hub is not asked for other adapters.
+    """
+    missing = {}
+    for key, name in named_adapters(recipe).items():
+        if has_form_of_path(name) or Path(name).is_dir():
+            try:
+                find_adapter(name, key)
+            except ModelError as error:
+                missing[key] = error
+    return missing
+
+
+def find_adapter(name: str, key: str = INITIAL) -> Path:
+    """Return the folder of a LoRA adapter. Download it if ``name`` is a hub name, not a folder.
 
     ``key``: the setting that names the adapter, for error messages.
 
     Raises:
-        ModelError: the folder holds no peft adapter in safetensors format.
+        ModelError: there is no such folder, or it holds no peft adapter in safetensors format.
         HubError: the adapter cannot be downloaded.
     """
     local = Path(name).expanduser()
+    if has_form_of_path(name) and not local.is_dir():
+        raise ModelError(
+            where=f"{key}: {name}",
+            found="no such folder",
+            expected=f"a folder with {' and '.join(ADAPTER)}, or a hub name",
+            fix=_how_to_make(local),
+        )
     folder = local if local.is_dir() else download(name, resolve(name, "main", ADAPTER), ADAPTER)
     for file in ADAPTER:
         if not (folder / file).is_file():
@@ -31,9 +64,40 @@ def find_adapter(name: str, key: str = "model.adapter_name_or_path") -> Path:
                 where=f"{key}: {name}",
                 found=f"has no {file}",
                 expected="a peft LoRA adapter in safetensors",
+                fix=_how_to_make(local) if local.is_dir() else "",
             )
     refuse_pointers(folder, ADAPTER)
     return folder
+
+
+def _how_to_make(folder: Path) -> str:
+    """Return the fix for a missing adapter: the command that trains it, if it is known.
+
+    The command is known if the folder is ``RUN/adapter``, and RUN is a run that has not ended, or
+    the run folder of a shipped recipe.
+    """
+    run = folder.parent
+    if folder.name == "adapter":
+        if (run / "recipe.yaml").is_file():
+            return Command(f"orpo-lite train --resume {shlex.quote(str(run))}")
+        if run.name in shipped_recipes():
+            output_dir = Path(load_recipe(run.name).training.output_dir)
+            if output_dir.resolve() == run.resolve():
+                return Command(f"orpo-lite train --recipe {run.name}", ", which makes the adapter")
+    return "correct the path, or make the adapter first"
+
+
+def note_on_base(folder: Path, base: str, key: str) -> Iterator[str]:
+    """Yield a note if an adapter's configuration names another base than ``base``.
+
+    ``key``: the setting that names the adapter.
+    """
+    trained_on = base_of_adapter(folder)
+    if trained_on and not same_base(trained_on, base):
+        yield (
+            f"{key}: according to its configuration, the adapter was trained on {trained_on}, "
+            f"but the base is {base}; an adapter is useless on another base"
+        )
 
 
 def base_of_adapter(folder: Path) -> str | None:

@@ -21,6 +21,7 @@ from orpo_lite.base.download import (
 )
 from orpo_lite.errors import Command, HubError, ModelError, Overrides, RecipeError, first_line
 from orpo_lite.recipe.schema import Recipe
+from orpo_lite.recipe.values import has_form_of_path
 
 BLOCK = 1 << 20  # bytes
 
@@ -81,7 +82,7 @@ def find_text_files(name: str, revision: str, *, weights: bool = False) -> tuple
     if local.is_dir():
         refuse_pointers(local, patterns)
         return local.resolve(), None
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if has_form_of_path(name):
         raise ModelError(
             where=f"model.model_name_or_path: {name}",
             found="no such folder",
@@ -157,7 +158,7 @@ def find_config(name: str, revision: str) -> Any:
     if name in shipped and revision == "main" and not Path(name).is_dir():
         return AutoConfig.for_model(**shipped[name])
     local = Path(name).expanduser()
-    if local.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if local.is_dir() or has_form_of_path(name):
         path, _ = find_text_files(name, revision)
         return read_config(path, name)
     patterns = ["config.json"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from orpo_lite.evaluation.compare import Evaluation
     from orpo_lite.evaluation.intervals import Interval
     from orpo_lite.evaluation.verify import Verdict
-    from orpo_lite.objectives.objective import Metric
+    from orpo_lite.objectives.objective import Objective
 
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
@@ -89,15 +89,22 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> None
 
 
 def print_before_after(
-    before: Mapping[str, float], after: Mapping[str, float], metrics: "Sequence[Metric]"
+    before: Mapping[str, float], after: Mapping[str, float], objective: "Objective"
 ) -> None:
-    """Print a table of the held-out metrics before the training and with the saved adapter."""
+    """Print a table of the held-out metrics before the training and with the saved adapter.
+
+    If all rewards are 0 before the training, no reply has the higher reward: the share is "-". The
+    saved adapter may be that of step 0.
+    """
     table: list[tuple[str, ...]] = [("held-out pairs", "before", "after")]
-    for metric in metrics:
-        values = [found[f"eval_{metric.name}"] for found in (before, after)]
-        table.append(
-            (metric.label, *(f"{100 * v:.1f}%" if metric.is_share else f"{v:.4f}" for v in values))
-        )
+    for metric in objective.shown:
+        texts = []
+        for found in (before, after):
+            value = found[f"eval_{metric.name}"]
+            text = f"{100 * value:.1f}%" if metric.is_share else f"{value:.4f}"
+            is_unknown = metric.is_share and objective.rewards_start_at_zero and found == before
+            texts.append("-" if is_unknown else text)
+        table.append((metric.label, *texts))
     print_columns(table)
 
 

@@ -108,7 +108,7 @@ def finish(recipe: "Recipe", result: "TrainResult") -> None:
 
     out.print(f"adapter of step {result.kept_step}: {result.run}/adapter")
     if result.before:
-        print_before_after(result.before, result.after, find_objective(recipe.loss).shown)
+        print_before_after(result.before, result.after, find_objective(recipe.loss))
     if result.verdict:
         for comparison in result.verdict["comparisons"]:
             out.print(comparison["text"])

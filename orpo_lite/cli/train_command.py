@@ -7,7 +7,7 @@ import typer
 
 from orpo_lite.cli.app import DURING, RecipeName, app, choose_recipe, recipe_keys
 from orpo_lite.cli.completion import complete_run
-from orpo_lite.cli.console import print_columns
+from orpo_lite.cli.console import out, print_columns
 from orpo_lite.cli.finish import finish
 from orpo_lite.cli.plan_view import print_memory_settings
 from orpo_lite.cli.progress import draw
@@ -44,6 +44,8 @@ def train(
 
             chosen, _ = find_changes(resume, chosen)
         _print_values(chosen)
+        if resume is None:  # a run has copies of its adapters
+            _print_missing_adapters(chosen)
         return
     with quiet():
         from orpo_lite.api import train_events
@@ -61,3 +63,10 @@ def _print_values(recipe: "Recipe") -> None:
         [("key", "value", "from"), *((k, to_text(v), recipe.sources[k]) for k, v in recipe.items())]
     )
     print_memory_settings(recipe)
+
+
+def _print_missing_adapters(recipe: "Recipe") -> None:
+    from orpo_lite.base.adapter import missing_adapters
+
+    for error in missing_adapters(recipe).values():
+        out.print(f"\nwarning: this recipe cannot be trained yet. {error}")

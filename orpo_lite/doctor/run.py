@@ -100,10 +100,12 @@ def _check_trackers(recipe: Recipe, _can_download: bool) -> Iterator[Check]:
 
 def _private_names(recipe: Recipe) -> tuple[str, ...]:
     """Return the private names in a recipe, such as its data, local base and run folder."""
+    from orpo_lite.base.adapter import named_adapters
+
     names = [*recipe.data.names, recipe.data.dataset_test_split, recipe.training.output_dir]
     if Path(recipe.model.model_name_or_path).exists():
         names.append(recipe.model.model_name_or_path)
-    names += [recipe.model.adapter_name_or_path, recipe.output.hub_model_id]
+    names += [*named_adapters(recipe).values(), recipe.output.hub_model_id]
     return tuple(name for name in names if name and not name.startswith("builtin:"))
 
 

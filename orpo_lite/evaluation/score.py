@@ -33,7 +33,7 @@ def score_pairs(
             pairs, no route is used.
     """
     yield Update("stage", stage)
-    if model.head.module is None:  # a merged reward model: the probe needs an output head
+    if model.head.module is None:  # a merged reward model, but the probe needs an output head
         route = route or "rows"
     if route:
         model.route = route

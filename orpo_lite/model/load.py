@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
-from orpo_lite.base.adapter import base_of_adapter, find_adapter, same_base
+from orpo_lite.base.adapter import INITIAL, find_adapter, note_on_base
 from orpo_lite.base.find import Base
 from orpo_lite.errors import FitError, ModelError, Overrides, first_line
 from orpo_lite.model.adapter import add_lora, load_adapter
@@ -61,13 +61,7 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
             "because bitsandbytes' CPU kernel gives wrong numbers for rows of their width"
         )
     if folder:
-        trained_on = base_of_adapter(folder)
-        if trained_on and not same_base(trained_on, base.name):
-            pair_model.notes.append(
-                "model.adapter_name_or_path: according to its configuration, the adapter was "
-                f"trained on {trained_on}, but the base is {base.name}; an adapter is useless on "
-                "another base"
-            )
+        pair_model.notes += note_on_base(folder, base.name, INITIAL)
         load_adapter(pair_model, folder)
     return pair_model
 
@@ -87,7 +81,10 @@ def bare_pair_model(
     names = recipe.lora.target_modules
     if recipe.model.adapter_name_or_path and any("." in name for name in names):
         recipe = recipe.override({"lora.target_modules": "all-linear"})
-    return _as_pair_model(bare_base(recipe, config, dtype, device), recipe, None)
+    pair_model = _as_pair_model(bare_base(recipe, config, dtype, device), recipe, None)
+    if device == META:  # a plan is about the steps, and the probe is over before them
+        pair_model.drop_output_head()
+    return pair_model
 
 
 def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> Any:

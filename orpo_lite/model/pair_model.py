@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import bitsandbytes as bnb
@@ -13,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_lite.data.packing import Batch, Batching, PackedPairs
-from orpo_lite.model.score_head import SCORE
+from orpo_lite.model.score_head import SCORE, output_head_names
 from orpo_lite.ops.attention import NAME, UnsupportedError, pair_attention
 from orpo_lite.ops.head import Head, chunk_rows, packed_logps, padded_logps, pick, row_logps
 from orpo_lite.ops.outputs import PairScores, at_least_float32, pair_rewards
@@ -106,6 +107,15 @@ class PairModel(nn.Module):
     def score_head(self) -> Any:
         """The score head of a reward model; None for a language model."""
         return getattr(self.causal, SCORE, None)
+
+    def drop_output_head(self) -> None:
+        """Free the output head of a reward model, unless it is tied to the embedding.
+
+        The head is needed until the probe has chosen the route.
+        """
+        if self.score_head is not None and output_head_names(self.causal):
+            self.causal.set_output_embeddings(None)
+            self.head = replace(self.head, module=None)
 
     def forward(self, batch: Batch) -> PairScores:
         """Return the log-probabilities of the batch's pairs, or their rewards, from one pass."""

@@ -6,6 +6,7 @@ from torch import Tensor
 from orpo_lite.data.packing import PairFacts
 from orpo_lite.objectives.pairwise import PairwiseObjective, smoothed_log_sigmoid, times_tokens
 from orpo_lite.ops.outputs import PairScores
+from orpo_lite.recipe.values import is_on_hub
 
 
 class Dpo(PairwiseObjective):
@@ -24,6 +25,11 @@ class Dpo(PairwiseObjective):
     def nll_weight(self) -> float:
         """``loss.rpo_alpha``, or 0 if it is null."""
         return self.settings.rpo_alpha or 0.0
+
+    @property
+    def rewards_start_at_zero(self) -> bool:
+        """True if the reference is the model before the training."""
+        return self.settings.reference_adapter_name_or_path is None
 
     def scores(self, logps: PairScores, facts: PairFacts) -> tuple[Tensor, Tensor]:
         """Return the log-ratios to the reference model, summed over a response's tokens."""
@@ -50,9 +56,12 @@ class Dpo(PairwiseObjective):
     def described(self) -> list[tuple[str, str]]:
         """Return the settings of the loss, its function, and the reference model."""
         named = self.settings.reference_adapter_name_or_path
-        reference = {None: "the model before the training", "base": "the base"}.get(
-            named, "the base with another adapter"
-        )
+        reference = "the model before the training"
+        if named == "base":
+            reference = "the base"
+        elif named:
+            adapter = named if is_on_hub(named) else "another adapter"  # a path is private
+            reference = f"the base with {adapter}"
         function = ("function (`loss.dpo_loss_type`)", self.settings.dpo_loss_type)
         return [*super().described(), function, ("reference model", reference)]
 

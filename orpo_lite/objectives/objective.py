@@ -83,6 +83,14 @@ class Objective(ABC):
     def __init__(self, settings: LossSection) -> None:
         self.settings = settings
 
+    @property
+    def rewards_start_at_zero(self) -> bool:
+        """True if every reward is 0 before the first step, so that pairs have no preferred reply.
+
+        Rounding may give rewards close to 0 instead.
+        """
+        return False
+
     def divisors(self, pairs: Sequence[TokenizedPair]) -> Divisors:
         """Return the divisors of the loss: the number of pairs, and the number of NLL tokens.
 

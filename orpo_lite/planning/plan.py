@@ -1,6 +1,6 @@
 """Plan a recipe without weights or a GPU: report whether it fits, its speed, and what to change."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from orpo_lite import demo
-from orpo_lite.base.adapter import adopt_adapter
+from orpo_lite.base.adapter import INITIAL, adopt_adapter, missing_adapters
 from orpo_lite.base.find import check_embedding, find_config, find_text_files
 from orpo_lite.data.prepare import find_sources, pair_lengths, tokenized_splits
+from orpo_lite.errors import ModelError
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.ops.devices import device_kind
@@ -100,7 +101,9 @@ def plan(recipe: Recipe, *, with_data: bool = False) -> PlanReport:
 @with_torch_defaults
 def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update, None, PlanReport]:
     """Yield the progress of :func:`plan`; finally return its result."""
-    recipe, asked_name = adopt_adapter(recipe), recipe.model.model_name_or_path
+    asked_name, missing = recipe.model.model_name_or_path, missing_adapters(recipe)
+    if INITIAL not in missing:
+        recipe = adopt_adapter(recipe)
     names = (recipe.model.model_name_or_path, *recipe.data.names)
     if any(name.startswith("builtin:") for name in names):
         for _ in demo.make_builtin(recipe, weights=False):
@@ -127,9 +130,10 @@ def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update,
     yield Update("stage", "measuring steps of models with few layers")
     try:
         planner = Planner(recipe, config, triples, kind)
-        return (yield from _report(recipe, asked_name, planner, local, budget, with_data))
+        report = yield from _report(recipe, asked_name, planner, local, budget, with_data)
     except MODEL_CODE_ERRORS as error:
         raise no_plan(asked_name, error) from error
+    return replace(report, notes=[*report.notes, *_notes_on_adapters(missing)])
 
 
 def _report(
@@ -190,6 +194,17 @@ def _notes_on_loss(recipe: Recipe) -> list[str]:
         "reference model are computed: one forward pass of each pair, without gradients, which "
         "needs less memory than a step; a later run on the same base and data reads them"
     ]
+
+
+def _notes_on_adapters(missing: Mapping[str, ModelError]) -> list[str]:
+    """Return a note for each adapter that a training would read and that is not there."""
+    notes = []
+    for key, error in missing.items():
+        plan = ""
+        if key == INITIAL:
+            plan = "; this plan is for a new adapter with the settings of the section lora"
+        notes.append(f"{error.where}: {error.found}{plan}; before training: {error.fix}")
+    return notes
 
 
 def _notes_on_length(planner: Planner) -> list[str]:

@@ -145,6 +145,17 @@ def refuse_repository(name: str) -> None:
         )
 
 
+def has_form_of_path(name: str) -> bool:
+    """Return True if the name of a base or adapter is a path: a hub name has at most one slash."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def is_on_hub(name: str) -> bool:
+    """Return True if ``name`` is the owner/name of a hub repository, and not a local folder."""
+    is_repository = "/" in name and REPOSITORY.fullmatch(name) is not None
+    return is_repository and not Path(name).exists()
+
+
 def check_repository(name: str | None) -> str | None:
     """Return ``name``, which may be None. Raise ValueError for an invalid repository name."""
     if name is not None:

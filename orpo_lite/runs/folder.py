@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orpo_lite.base.adapter import find_adapter
+from orpo_lite.base.adapter import INITIAL, REFERENCE, find_adapter, named_adapters
 from orpo_lite.base.download import ADAPTER, ADAPTER_WEIGHTS
 from orpo_lite.base.find import Base, fetch_weights, find_base, weight_files
 from orpo_lite.errors import CheckpointError, Command, ModelError, RecipeError
@@ -108,8 +108,8 @@ def refuse_existing(recipe: Recipe) -> None:
 
 
 COPIES = {
-    "initial_adapter": "model.adapter_name_or_path",
-    "reference_adapter": "loss.reference_adapter_name_or_path",
+    "initial_adapter": INITIAL,
+    "reference_adapter": REFERENCE,
 }
 """Folder of a run with a copy of an adapter that the training reads -> the setting that names it.
 
@@ -154,11 +154,11 @@ def find_read_adapters(recipe: Recipe, path: Path) -> dict[str, Path]:
 
     If the run folder ``path`` has a copy of an adapter, the copy's folder is returned.
     """
-    names = (recipe.model.adapter_name_or_path, recipe.loss.reference_adapter)
+    names = named_adapters(recipe)
     return {
-        copy: path / copy if (path / copy).is_dir() else find_adapter(name, key)
-        for (copy, key), name in zip(COPIES.items(), names, strict=True)
-        if name
+        copy: path / copy if (path / copy).is_dir() else find_adapter(names[key], key)
+        for copy, key in COPIES.items()
+        if key in names
     }
 
 

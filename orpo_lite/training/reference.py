@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_lite.base.adapter import find_adapter, read_adapter_config
+from orpo_lite.base.adapter import REFERENCE, find_adapter, note_on_base, read_adapter_config
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.packing import epoch_order
 from orpo_lite.data.reference_cache import ReferenceCache
@@ -64,6 +64,9 @@ def add_reference(session: Session) -> Generator[Update, None, None]:
     """
     inputs, model = session.inputs, session.pair_model
     folder = reference_folder(session.recipe)
+    if folder and session.recipe.loss.reference_adapter and session.processes.is_main:
+        for note in note_on_base(folder, inputs.base.name, REFERENCE):
+            yield Update("note", note)
     key = _key(session.recipe, inputs.base.fingerprint, folder, session.processes.device)
     wanted = {"train": _used_indices(session), "test": range(len(inputs.test))}
     views: dict[str, TokenizedPairs] = {}

@@ -136,6 +136,7 @@ def load_session(
         )
         tokens_of_step = 2 * longest * recipe.training.global_batch_size
         probe(pair_model, longest, min(recipe.micro_batch_tokens, tokens_of_step))
+        pair_model.drop_output_head()
         if processes.device.type == "cuda":
             torch.cuda.empty_cache()
             # The metrics of the steps must not report the probe's peak.

@@ -11,8 +11,8 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 from peft import LoraConfig, get_peft_model
 
-from orpo_lite.base.adapter import adopt_adapter
-from orpo_lite.errors import Overrides, RecipeError
+from orpo_lite.base.adapter import INITIAL, REFERENCE, adopt_adapter, missing_adapters
+from orpo_lite.errors import Command, ModelError, Overrides, RecipeError
 from orpo_lite.recipe.schema import Recipe
 
 Build = Callable[..., Recipe]
@@ -99,3 +99,36 @@ def test_a_rank_may_be_written_as_a_fraction(small_recipe: Build, workspace: Pat
     file = workspace / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 4.0}))
     assert repr(adopt_adapter(small_recipe(FROM)).lora.r) == "4"
+
+
+def test_an_adapter_that_is_not_there_is_said_with_the_command_that_makes_it(
+    small_recipe: Build, workspace: Path
+) -> None:
+    def fix(name: str) -> str:
+        with pytest.raises(ModelError) as raised:
+            adopt_adapter(small_recipe(f"{INITIAL}={name}"))
+        assert raised.value.where == f"{INITIAL}: {name}"
+        fix = raised.value.fix
+        return fix.line if isinstance(fix, Command) else fix
+
+    first = "orpo-lite train --recipe paper-sft"
+    assert fix("runs/paper-sft/adapter") == fix(str(workspace / "runs/paper-sft/adapter")) == first
+    for name in ("./elsewhere", "elsewhere/paper-sft/adapter", "runs/unknown/adapter"):
+        assert "correct the path" in fix(name)
+    run = workspace / "runs" / "paper-sft"
+    (run / "adapter").mkdir(parents=True)  # that of a training that has not ended
+    (run / "recipe.yaml").touch()
+    assert fix("runs/paper-sft/adapter") == "orpo-lite train --resume runs/paper-sft"
+
+
+def test_only_local_adapters_are_looked_for(small_recipe: Build, workspace: Path) -> None:
+    write_adapter(workspace / "adapter", target_modules=["q_proj"])
+    both = ("loss.type=dpo", f"{REFERENCE}=./nowhere")
+    assert missing_adapters(small_recipe(*both, FROM)).keys() == {REFERENCE}
+    (workspace / "adapter" / "adapter_model.safetensors").unlink()
+    for name in ("./adapter", "adapter"):
+        missing = missing_adapters(small_recipe(*both, f"{INITIAL}={name}"))
+        assert missing.keys() == {INITIAL, REFERENCE}
+    of_hub = (f"{INITIAL}=owner/start", "loss.type=dpo", f"{REFERENCE}=owner/reference")
+    assert missing_adapters(small_recipe(*of_hub)) == {}
+    assert missing_adapters(small_recipe("loss.type=dpo", f"{REFERENCE}=base")) == {}

@@ -139,7 +139,14 @@ def test_ls_lists_every_recipe_with_its_headline_base_beta_and_gpu(call: Call) -
             path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "),
         )
         base, beta = recipe.model.model_name_or_path, f"{recipe.loss.beta:g}"
-        assert re.split(r"  +", line) == [name, base, "orpo", beta, gpu_sizes()[name], headline]
+        assert re.split(r"  +", line) == [
+            name,
+            base,
+            recipe.loss.type,
+            beta,
+            gpu_sizes()[name],
+            headline,
+        ]
 
 
 def test_show_prints_the_whole_recipe_and_what_it_prints_is_that_recipe(

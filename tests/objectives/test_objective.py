@@ -7,15 +7,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import orpo_lite
 from orpo_lite.api import train
+from orpo_lite.cli.console import print_before_after
 from orpo_lite.errors import RecipeError
+from orpo_lite.objectives.objective import find_objective
 from orpo_lite.objectives.orpo import Orpo
 from orpo_lite.planning.plan import plan
-from orpo_lite.recipe.schema import Recipe
+from orpo_lite.recipe.schema import LossSection, Recipe
 
 SQUARED = '''
 """The squared distance of the log odds from 1."""
@@ -131,3 +134,32 @@ def test_a_need_that_no_model_fills_is_refused(
         with pytest.raises(RecipeError, match=r"loss\.type: orpo needs scores"):
             verb(small_recipe())
     assert not Path("run").exists()
+
+
+def test_a_card_names_a_reference_adapter_of_the_hub_and_no_path(workspace: Path) -> None:
+    def reference(name: str | None) -> str:
+        loss = LossSection(type="dpo", reference_adapter_name_or_path=name)
+        return dict(find_objective(loss).described())["reference model"]
+
+    assert reference("owner/sft") == "the base with owner/sft"
+    (workspace / "ann" / "sft").mkdir(parents=True)
+    for private in ("ann/sft", "./ann/sft", "/home/ann/sft", "~/sft", "runs/ann/adapter", "mine"):
+        assert reference(private) == "the base with another adapter"
+    assert reference("base") == "the base"
+    assert reference(None) == "the model before the training"
+
+
+def test_the_share_of_pairs_is_not_known_where_all_rewards_are_0(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def share(after: float, **loss: Any) -> list[str]:
+        objective = find_objective(LossSection(**loss))
+        names = [f"eval_{metric.name}" for metric in objective.shown]
+        print_before_after(dict.fromkeys(names, 0.0), dict.fromkeys(names, after), objective)
+        lines = capsys.readouterr().out.splitlines()
+        return next(line for line in lines if line.startswith("reward accuracy")).split()[2:]
+
+    assert share(0.25, type="dpo") == ["-", "25.0%"]
+    assert share(0.0, type="dpo") == ["-", "-"]  # the adapter of step 0 is kept
+    assert share(0.25, type="dpo", reference_adapter_name_or_path="base") == ["0.0%", "25.0%"]
+    assert share(0.25, type="orpo") == ["0.0%", "25.0%"]

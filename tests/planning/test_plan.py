@@ -169,6 +169,24 @@ def test_a_plan_says_what_the_model_cannot_have(call: Call, workspace: Path) -> 
     assert "of expert weights are not quantised" in said
 
 
+def test_a_plan_and_a_dry_run_warn_of_an_adapter_that_is_not_there(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = ("model.model_name_or_path=builtin:tiny-llama", "data.max_length=256")
+    keys = (*base, "data.max_prompt_length=64")
+    code, said, complained = call("plan", "--recipe", "paper-dpo", *keys, "--json")
+    assert code == 0, complained
+    (note,) = [text for text in json.loads(said)["notes"] if "adapter_name_or_path" in text]
+    assert "runs/paper-sft/adapter: no such folder" in note
+    assert "before training: orpo-lite train --recipe paper-sft" in note
+    code, said, _ = call("train", "--recipe", "paper-dpo", "--dry-run")
+    assert code == 0
+    assert "warning: this recipe cannot be trained yet. model.adapter_name_or_path: runs/" in said
+    assert "fix: orpo-lite train --recipe paper-sft" in said
+    assert "warning" not in call("train", "--recipe", "paper-sft", "--dry-run")[1]
+
+
 def test_attention_that_shows_its_flops_is_not_counted_twice() -> None:
     chosen, config = settings(), OTHERS["bloom, no checkpoints"]
     assert find_route(chosen, config, worst_case(256, 1), "ampere").uncounted == 0
@@ -235,7 +253,7 @@ def test_the_search_finds_what_trying_everything_finds(layers: int) -> None:
 def test_an_objective_needs_the_memory_of_orpo_and_sft_half_of_its_work() -> None:
     """A 7B with two layers. No second model is held for DPO; SFT has only the chosen sequences."""
     found = {}
-    for kind in ("orpo", "dpo", "simpo", "sft"):
+    for kind in ("orpo", "dpo", "simpo", "sft", "reward"):
         chosen = load_recipe(
             "mistral-qlora", [f"loss.type={kind}", "memory.micro_batch_tokens=4096"]
         )
@@ -243,8 +261,12 @@ def test_an_objective_needs_the_memory_of_orpo_and_sft_half_of_its_work() -> Non
         found[kind] = measure(
             chosen, config, worst_case(2048, 32, has_rejected=kind != "sft"), "ampere"
         )
+    head = 2 * 32_000 * 4_096  # bytes; a reward model does not need it
+    ends = "embeddings, head, norms"
+    assert found["reward"].held[ends] == found["orpo"].held[ends] - head
     for kind in ("dpo", "simpo", "sft"):
         assert found[kind].held == found["orpo"].held
+    for kind in ("dpo", "simpo", "sft", "reward"):
         assert found[kind].peak <= 1.05 * found["orpo"].peak
     flops = {
         kind: sum(key[0] * count for key, count in step.work.items()) / step.pairs

@@ -742,11 +742,16 @@ LAMBDA = {  # PAPER.md: Mistral 0.1, Llama-2 0.2, Phi-2 0.25, OPT 1.0; 0.1 where
     "qwen2.5-7b-qlora": 0.1, "qwen2.5-32b-qlora": 0.1, "llama3-70b-qlora": 0.1, "qwen3-8b-qlora": 0.1,
     "qwen3-4b-qlora": 0.1, "llama3.2-3b-qlora": 0.1, "gemma3-4b-qlora": 0.1, "smollm2-135m": 0.1,
     "phi2-qlora": 0.25, "opt-125m": 1.0, "opt-350m": 1.0, "opt-1.3b": 1.0,
+    "paper-orpo": 1.0,
+}  # fmt: skip
+ARMS = {  # PAPER.md: loss, epochs, and ten times the paper's learning rate (reward: that of SFT)
+    "paper-orpo": ("orpo", 10, 8e-5), "paper-sft": ("sft", 1, 1e-4), "paper-dpo": ("dpo", 3, 5e-5),
+    "paper-reward": ("reward", 1, 1e-4),
 }  # fmt: skip
 
 
-def test_the_shipped_recipes_are_those_with_a_lambda_and_the_demo() -> None:
-    assert set(shipped_recipes()) == {*LAMBDA, "demo"}
+def test_the_shipped_recipes_are_those_with_a_lambda_the_arms_and_the_demo() -> None:
+    assert set(shipped_recipes()) == {*LAMBDA, *ARMS, "demo"}
     assert {path.parent for path in shipped_recipes().values()} == {CHECKOUT}
 
 
@@ -775,6 +780,27 @@ def test_a_shipped_recipe_spells_out_the_lambda_of_its_model(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.loss.beta == LAMBDA[name]
     assert recipe.sources["loss.beta"].startswith(f"{name}.yaml:")
+
+
+def test_the_arms_of_the_paper_differ_in_the_objective_only() -> None:
+    arms = {name: load_recipe(name) for name in ARMS}
+    for name, recipe in arms.items():
+        training = recipe.training
+        assert ARMS[name] == (recipe.loss.type, training.num_train_epochs, training.learning_rate)
+    chosen = {"loss.type", "loss.beta", "model.adapter_name_or_path"} | {
+        f"training.{key}" for key in ("output_dir", "num_train_epochs", "learning_rate")
+    }
+    shared = [
+        {key: value for key, value in recipe.items() if key not in chosen}
+        for recipe in arms.values()
+    ]
+    assert shared == [shared[0]] * len(ARMS)
+    starts = {name: recipe.model.adapter_name_or_path for name, recipe in arms.items()}
+    of_sft = f"{arms['paper-sft'].training.output_dir}/adapter"
+    assert starts == dict.fromkeys(ARMS, None) | {"paper-dpo": of_sft}
+    assert arms["paper-dpo"].loss.beta == 0.1
+    early = {"training.early_stopping_patience": 3, "training.output_dir": "runs/opt-350m"}
+    assert dict(arms["paper-orpo"].items()) | early == dict(load_recipe("opt-350m").items())
 
 
 def test_mistral_orpo_beta_has_the_hyper_parameters_of_the_authors() -> None:

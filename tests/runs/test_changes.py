@@ -104,6 +104,7 @@ REFUSED: dict[str, Any] = {
     "loss.simpo_gamma": 1.0,
     "loss.ratio_of": "sum",
     "loss.reference_adapter_name_or_path": "ann/adapter",
+    "loss.center_rewards_coefficient": 0.01,
     "training.global_batch_size": 4,
     "training.optim": "adamw_torch",
     "training.adam_beta1": 0.8,

@@ -443,21 +443,24 @@ def test_a_warm_up_that_leaves_no_step_is_said(
 def test_an_adapter_of_another_base_is_said(trained: Trained, small_recipe: Build) -> None:
     """Also where it still fits; the same base in a folder of another name is no other."""
 
-    def notes(base: str, run: str) -> list[str]:
+    def notes(base: str, run: str, *more: str) -> list[str]:
         keys = [
             f"model.model_name_or_path={base}",
             f"training.output_dir={run}",
             "training.max_steps=1",
         ]
         updates, _ = train_all(
-            small_recipe(*keys, "model.adapter_name_or_path=run/adapter", "output.samples=0")
+            small_recipe(*keys, *more, "model.adapter_name_or_path=run/adapter", "output.samples=0")
         )
         return [update.text for update in updates if "the adapter was trained on" in update.text]
 
     shutil.copytree("base", "moved")
     assert notes("moved", "again") == []
     write_base(Path("other"), tiny_llama(99, rms_norm_eps=1e-4))
-    assert ["other" in text and "useless" in text for text in notes("other", "third")] == [True]
+    reference = "loss.reference_adapter_name_or_path"
+    found = notes("other", "third", "loss.type=dpo", f"{reference}=run/adapter")
+    assert ["other" in text and "useless" in text for text in found] == [True, True]
+    assert [text.partition(":")[0] for text in found] == ["model.adapter_name_or_path", reference]
     config = json.loads(Path("run/adapter/adapter_config.json").read_text("utf-8"))
     Path("run/adapter/adapter_config.json").write_text(
         json.dumps(config | {"base_model_name_or_path": "owner/Other"})
