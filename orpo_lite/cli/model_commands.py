@@ -132,19 +132,17 @@ def export(
 ) -> None:
     """Export a run for llama.cpp, Ollama or vLLM to RUN/export, and print how to use it."""
     with quiet():
-        from orpo_lite.exporting.llama_cpp import require_llama_cpp
         from orpo_lite.exporting.targets import export_events
 
         if verify and to == "vllm":
             raise RecipeError(
                 where="--verify",
                 found="is given together with --to vllm",
-                expected="--to gguf or --to ollama, because vLLM serves the adapter unchanged",
+                expected="--to gguf or --to ollama, because vLLM serves the weights unchanged",
                 fix="remove --verify",
             )
-        if verify:
-            require_llama_cpp()
-        result = draw(export_events(run, to, outtype=outtype, weights=base))
+        updates = export_events(run, to, outtype=outtype, weights=base, needs_llama_cpp=verify)
+        result = draw(updates)
     for note in result.notes:
         out.print(f"note: {note}")
     out.print(

@@ -18,7 +18,7 @@ from orpo_lite.base.config import read_config
 from orpo_lite.base.download import check_disk
 from orpo_lite.base.find import load_tokenizer
 from orpo_lite.base.generation import read_generation_config
-from orpo_lite.errors import Command, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.errors import CheckpointError, Command, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.exporting.gguf_family import describe, find_targets
 from orpo_lite.exporting.gguf_file import OUTTYPES, write_gguf
 from orpo_lite.exporting.gguf_tokenizer import SPACE, describe_tokenizer
@@ -32,9 +32,10 @@ from orpo_lite.exporting.llama_cpp import (
     require_llama_cpp,
 )
 from orpo_lite.exporting.ollama_template import Render, find_turns, renderer
+from orpo_lite.recipe.schema import DataSection, Recipe
 from orpo_lite.runs.atomic import new_folder, write_text
 from orpo_lite.runs.changes import trained_recipe
-from orpo_lite.runs.commands import Weights, quoted
+from orpo_lite.runs.commands import Weights, merge_command, quoted
 from orpo_lite.runs.folder import find_finished_adapter, find_merged, locked, merged_folder
 from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import read_json
@@ -57,6 +58,10 @@ NAMES_WITH_RULES = (
 # Largest num_ctx (in tokens) that a Modelfile sets. Ollama's default is a few thousand. A context
 # of 128k tokens would need several GB.
 MOST_CONTEXT = 8192
+NO_SCORE_HEAD = {
+    "gguf": "llama.cpp has score heads only for some models that rank documents",
+    "ollama": "Ollama serves no models that return a score",
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class _Request:
     merged: Path
     outtype: str | None
     weights: Weights
+    recipe: Recipe
 
     def folder(self, to: str, outtype: str = "") -> Path:
         """Return the folder of an export."""
@@ -100,7 +106,12 @@ def export(
 
 @with_torch_defaults
 def export_events(
-    run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
+    run_folder: str | Path,
+    to: str,
+    *,
+    outtype: str | None = None,
+    weights: Weights = "original",
+    needs_llama_cpp: bool = False,
 ) -> Exporting:
     """Export a run to a folder in ``RUN/export``: yield updates; finally return the result.
 
@@ -109,11 +120,13 @@ def export_events(
     Args:
         run_folder: the folder of a finished run.
         to: the target. "gguf" writes the merged model as one GGUF file. "ollama" writes a GGUF file
-            and a Modelfile. "vllm" writes a command that serves the base with the adapter.
+            and a Modelfile. "vllm" writes a command that serves the base with the adapter. It is
+            the only target of a reward model.
         outtype: the type of the matrices in the GGUF file: f32, f16, bf16, q8_0, or a type of
             llama.cpp's quantiser (``QUANTISED``). None: the type of the merged model's matrices.
         weights: the merged model to export. "original" is the model in ``RUN/merged``,
             "dequantized" the model in ``RUN/merged-dequantized``.
+        needs_llama_cpp: whether llama.cpp must be installed, for a check of the exported file.
 
     Raises:
         RecipeError: ``to`` or ``outtype`` is unknown.
@@ -133,17 +146,38 @@ def export_events(
     known = (*OUTTYPES, *QUANTISED)
     if outtype is not None and (to == "vllm" or outtype not in known):
         expected = (
-            "no --outtype, because vLLM serves the adapter unchanged"
+            "no --outtype, because vLLM serves the weights unchanged"
             if to == "vllm"
             else f"one of {', '.join(known)}"
         )
         raise RecipeError(where="--outtype", found=f"{outtype!r}", expected=expected)
     find_finished_adapter(path)
+    recipe = trained_recipe(path)
+    if recipe.loss.trains_reward_model and to != "vllm":
+        raise _no_reward_model(path, to, weights)
+    if needs_llama_cpp:
+        require_llama_cpp()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "model"
     with locked(path) as notes, _replaced_in_errors("RUN", quoted(path)):
         for note in notes:
             yield Update("note", note)
-        return (yield from TARGETS[to](_Request(path, name, merged, outtype, weights)))
+        return (yield from TARGETS[to](_Request(path, name, merged, outtype, weights, recipe)))
+
+
+def _no_reward_model(path: Path, to: str, weights: Weights) -> ModelError:
+    """Return the error for a target that has no reward models."""
+    option = "" if weights == "original" else f" --base {weights}"
+    command = f"orpo-lite export {quoted(path)} --to vllm{option}"
+    try:
+        find_merged(path, weights)
+    except CheckpointError:
+        command = f"{merge_command(path, weights)} && {command}"
+    return ModelError(
+        where=f"run {path}",
+        found=f"is a reward model, which --to {to} cannot export: {NO_SCORE_HEAD[to]}",
+        expected="--to vllm, or the merged model in transformers",
+        fix=Command(command),
+    )
 
 
 def to_gguf(request: _Request) -> Exporting:
@@ -165,13 +199,11 @@ def to_ollama(request: _Request) -> Exporting:
     outtype = request.outtype or _stored_type(request)
     folder = request.folder("ollama", request.outtype or "")
     tokenizer = load_tokenizer(request.merged)
-    recipe = trained_recipe(request.path)
-    if recipe.data.chat_template == "none":
+    data = request.recipe.data
+    if data.chat_template == "none":
         tokenizer.chat_template = None
-    turns, missing = find_turns(
-        renderer(tokenizer, recipe.data.chat_template_kwargs), "chat template"
-    )
-    is_fixed = "date_string" in recipe.data.chat_template_kwargs
+    turns, missing = find_turns(renderer(tokenizer, data.chat_template_kwargs), "chat template")
+    is_fixed = "date_string" in data.chat_template_kwargs
     if "strftime_now" in str(tokenizer.chat_template) and not is_fixed:
         missing.append(
             "the chat template writes today's date; Ollama's template always writes the date of "
@@ -206,7 +238,9 @@ def to_ollama(request: _Request) -> Exporting:
 def to_vllm(request: _Request) -> Exporting:
     """Write a vLLM command that serves the base with the adapter. No weights are copied.
 
-    If vLLM does not support the adapter, the command serves the merged model instead.
+    If vLLM does not support the adapter, the command serves the merged model instead. A reward
+    model is always served merged, because vLLM loads no score head from an adapter: its PEFTHelper
+    refuses ``modules_to_save``.
     """
     yield Update("stage", "writing the vLLM command")
     lock = read_lock(request.path)
@@ -214,11 +248,17 @@ def to_vllm(request: _Request) -> Exporting:
     config = read_json(adapter / "adapter_config.json")
     name, base, rank = request.name, lock["base"], vllm_rank(config, lock["base"])
     notes: list[str] = []
-    if rank is None:
+    is_reward_model = request.recipe.loss.trains_reward_model
+    if rank is None or is_reward_model:
         find_merged(request.path, request.weights)
         feature = not_in_vllm(config, base)
+        if is_reward_model:
+            feature = "an adapter with a score head"
         notes.append(f"vLLM cannot serve {feature}: the command serves the merged model instead")
         parts = ["vllm", "serve", str(request.merged.resolve()), "--served-model-name", name]
+        if is_reward_model:
+            parts += ["--runner", "pooling"]
+            notes.append(_reward_request(request.recipe.data))
     else:
         parts = ["vllm", "serve", base["name"]]
         if not base["revision"] and not Path(base["name"]).is_dir():
@@ -242,6 +282,20 @@ def to_vllm(request: _Request) -> Exporting:
     with new_folder(folder) as temporary:
         write_text(temporary / "serve.sh", f"#!/bin/sh\n{command}\n")
     return ExportResult(folder, _size(folder), command, tuple(notes))
+
+
+def _reward_request(data: DataSection) -> str:
+    """Return a note that tells how vLLM is asked for a reward, from vLLM's documentation."""
+    text = 'send a conversation as "messages" to /classify'
+    if data.chat_template == "none":
+        text = 'send prompt, reply and end token, joined, as "input" to /classify'
+    keys = ['"use_activation": false']
+    if data.chat_template_kwargs and data.chat_template != "none":
+        keys.append(f'"chat_template_kwargs": {json.dumps(data.chat_template_kwargs)}')
+    return (
+        f'{text}, with {" and ".join(keys)}; the reward is the number in "probs" of the answer '
+        "(from vLLM's documentation)"
+    )
 
 
 TARGETS: dict[str, Callable[[_Request], Exporting]] = {
@@ -302,7 +356,7 @@ def _write_model(
     )
     rows = next((t.stored.shape[0] for t in targets if t.name == "token_embd.weight"), 0)
     tokenizer = load_tokenizer(request.merged)
-    variables = trained_recipe(request.path).data.chat_template_kwargs
+    variables = request.recipe.data.chat_template_kwargs
     if not tokenizer.is_fast:
         raise ModelError(
             where=f"tokenizer in {request.merged}",

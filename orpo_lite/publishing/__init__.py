@@ -1,4 +1,5 @@
 """Push the result of a run to the Hugging Face Hub, with a model card.
 
-Import order: licences, card_facts, edited_card, model_card, retry, account, upload, push.
+Import order: licences, card_facts, card_loading, edited_card, model_card, retry, account, upload,
+push.
 """

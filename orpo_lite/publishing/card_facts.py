@@ -88,6 +88,8 @@ class Facts:
     """The peft configuration of the adapter."""
     samples: Sequence[Sample]
     """The sample prompts of the run, with their answers."""
+    can_pad: bool
+    """True if the tokenizer of the adapter has a pad token, so that texts can be one batch."""
     objective: Mapping[str, Any]
     """The loss, as :meth:`orpo_lite.objectives.objective.Objective.to_json` describes it."""
     options: CardOptions
@@ -127,6 +129,7 @@ class Facts:
             verified,
             adapter,
             read_samples(path),
+            _has_pad_token(path / "adapter" / "tokenizer_config.json"),
             read_objective(recipe, lock),
             options,
             start,
@@ -144,6 +147,11 @@ class Facts:
             text = value if key.startswith("versions.") else to_text(value)
             texts.append(f"{text} after step {step:,}" if step else text)
         return ", then ".join(texts)
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Return True if the run trained a reward model, which writes no text."""
+        return self.recipe.loss.trains_reward_model
 
     @property
     def terms(self) -> list[Terms]:
@@ -205,6 +213,10 @@ def read_objective(recipe: Recipe, lock: Mapping[str, Any]) -> Mapping[str, Any]
     return find_objective(recipe.loss).to_json()
 
 
+def _has_pad_token(file: Path) -> bool:
+    return file.is_file() and read_json(file).get("pad_token") is not None
+
+
 def _read_figures(file: Path) -> Mapping[str, Any]:
     """Return the content of data.json. Raise CheckpointError if a value is missing."""
     data = read_json(file, FIGURES)
@@ -251,16 +263,18 @@ def _read_verification(path: Path, weights: Weights) -> Mapping[str, Any]:
 def make_metadata(facts: Facts) -> ModelCardData:
     """Return the metadata of the model card for the facts of a run."""
     options, results = facts.options, _eval_results(facts)
-    tags = [facts.recipe.loss.type, "preference-tuning", "orpo-lite"]
+    kind, name = "preference-tuning", f"tuned with {facts.objective['title']}"
+    if facts.is_reward_model:
+        kind, name = "reward-model", "reward model"
+    tags = [facts.recipe.loss.type, kind, "orpo-lite"]
     if not options.merged:
         tags.append("lora")
-    name = f"tuned with {facts.objective['title']}"
     if options.repository != PLACEHOLDER:
         name = options.repository.rpartition("/")[2]
     licence: dict[str, Any] = dict(licence_metadata(facts))
     data = ModelCardData(
         library_name="transformers" if options.merged else "peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=_task(facts),
         base_model=facts.lock["base"]["name"] if facts.is_hub_base else None,
         datasets=facts.datasets or None,
         tags=tags,
@@ -271,6 +285,11 @@ def make_metadata(facts: Facts) -> ModelCardData:
     if facts.is_hub_base:
         data["base_model_relation"] = "finetune" if options.merged else "adapter"
     return data
+
+
+def _task(facts: Facts) -> str:
+    """Return the hub's name of the model's task. Reward models of TRL have the same."""
+    return "text-classification" if facts.is_reward_model else "text-generation"
 
 
 def licence_metadata(facts: Facts) -> dict[str, Any]:
@@ -319,7 +338,7 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
             after = {"eval_rewards/accuracies": found["rows"][-1]["accuracy"]}
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=_task(facts),
             task_name="preference pairs",
             dataset_type=facts.datasets[0],
             dataset_name=facts.datasets[0],

@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from orpo_lite.base.adapter import vllm_rank
 from orpo_lite.data.sources.source import is_path
 from orpo_lite.errors import TOKEN
 from orpo_lite.publishing.card_facts import PLACEHOLDER, CardOptions, Facts, make_metadata
+from orpo_lite.publishing.card_loading import loading_section
 from orpo_lite.publishing.edited_card import read_edited_card, seal
 from orpo_lite.publishing.licences import is_non_commercial, licence_names, licence_text
 from orpo_lite.recipe.text import to_text
@@ -33,15 +33,18 @@ ADAPTER_SHAPE = (
     "target_parameters",
 )  # fmt: skip
 
-OLLAMA = (
-    "Ollama needs a GGUF file, which is not in this repository. `orpo-lite export RUN --to ollama` "
-    "makes one from the run folder. It also writes a Modelfile with the template and the stop "
-    "tokens of this model. Without these two, Ollama would guess them."
-)
 ONTO: dict[Weights, str] = {
     "original": "the base's own weights",
     "dequantized": "the base's weights as rounded to 4 bit in training",
 }
+REWARD_LIMITS = (
+    "Only rewards of replies to the same prompt can be compared, because the training compares "
+    "only such replies.",
+    "The reward is read at the token that ends a reply. Without this token at its end, a text gets "
+    "a number that means nothing.",
+    "In 16 bit, a reward is rounded to two or three digits, so that similar replies can get equal "
+    'rewards. With `dtype="float32"` it is not rounded.',
+)
 SAMPLE_LENGTH = 1500  # characters of a sample
 # Matches control characters, which a card must not contain.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -62,7 +65,7 @@ def make_card(path: Path, options: CardOptions | None = None) -> str:
         _training(facts),
         _data(facts),
         _results(facts),
-        _loading(facts),
+        loading_section(facts),
         _verification(facts),
         _samples(facts),
         _limits(facts),
@@ -82,19 +85,27 @@ def _head(facts: Facts) -> str:
     """Return the title and the summary of the card."""
     options, objective = facts.options, facts.objective
     paper = objective["paper"].replace("https://arxiv.org/abs/", "arXiv ")
-    name = f"Tuned with {objective['title']}"
+    name = "Reward model" if facts.is_reward_model else f"Tuned with {objective['title']}"
     if options.repository != PLACEHOLDER:
         name = options.repository.rpartition("/")[2]
     what = (
         "The merged weights" if options.merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
     )
-    pairs = f"{facts.data['train_pairs']:,} preference pairs"
+    how = f"tuned on {facts.data['train_pairs']:,} preference pairs with {objective['title']}"
+    if facts.is_reward_model:
+        head = "in place of its output head" if options.merged else "for it"
+        how = f"with a score head {head}, trained on {facts.data['train_pairs']:,} preference pairs"
     text = (
-        f"{what} of {facts.base}, tuned on {pairs} with {objective['title']} "
-        f"([{paper}]({objective['paper']})) by orpo-lite {facts.lock['orpo_lite']}."
+        f"{what} of {facts.base}, {how} ([{paper}]({objective['paper']})) "
+        f"by orpo-lite {facts.lock['orpo_lite']}."
     )
     if options.merged:
         text += f" The adapter is merged onto {ONTO[options.merged]}."
+    if facts.is_reward_model:
+        text += (
+            " It is a reward model: it gives a reply one number, the reward, which is higher for a "
+            "better reply. It writes no text."
+        )
     lines = dict.fromkeys(terms.built_with for terms in facts.terms if terms.built_with)
     built_with = "".join(f"**{line}**\n\n" for line in lines)
     return f"# {name}\n\n{built_with}{text}"
@@ -128,11 +139,14 @@ def _training(facts: Facts) -> str:
 
 def _template(facts: Facts) -> str:
     choice = facts.recipe.data.chat_template
-    if choice == "auto":
-        return _cell(facts.data["chat_template"])
     if choice == "none":
         return "none: prompt and response joined as plain text"
-    return "a custom template, which is in this repository"
+    text = "a custom template, which is in this repository"
+    if choice == "auto":
+        text = _cell(facts.data["chat_template"])
+    if facts.is_reward_model:
+        text += "; in this repository it writes nothing after the token that ends a reply"
+    return text
 
 
 def _data(facts: Facts) -> str:
@@ -203,60 +217,20 @@ def _results(facts: Facts) -> str:
     ]
     head = ("metric", "before", "after")
     base = "the base in 4 bit" if facts.recipe.quantization.load_in_4bit else "the base"
-    caption = f"On {held_out}, with {base}. Before: without adapter. After: with the kept adapter."
+    head_before = " and with a random score head" if facts.is_reward_model else ""
+    caption = (
+        f"On {held_out}, with {base}. Before: without adapter{head_before}. "
+        "After: with the kept adapter."
+    )
     return f"## Held-out results\n\n{caption}\n\n{_table(head, rows)}"
-
-
-def _loading(facts: Facts) -> str:
-    repository, base = facts.options.repository, facts.base_name
-    revision = facts.lock["base"]["revision"]
-    if facts.options.merged:
-        blocks = [
-            (
-                "transformers",
-                "python",
-                "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-                f'tokenizer = AutoTokenizer.from_pretrained("{repository}")\n'
-                f'model = AutoModelForCausalLM.from_pretrained("{repository}", '
-                'dtype="auto", device_map="auto")',
-            ),
-            ("vLLM", "sh", f"vllm serve {repository}"),
-        ]
-    else:
-        at = f', revision="{revision}"' if revision else ""
-        rank = vllm_rank(facts.adapter, facts.lock["base"])
-        vllm = f"vllm serve {base}" + (f" --revision {revision}" if revision else "")
-        # They hold the chat template and the end tokens.
-        vllm += f" --tokenizer {repository} --generation-config {repository}"
-        vllm += f" --enable-lora --lora-modules tuned={repository} --max-lora-rank {rank}"
-        blocks = [
-            (
-                "transformers and PEFT",
-                "python",
-                "from peft import PeftModel\n"
-                "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-                f'tokenizer = AutoTokenizer.from_pretrained("{repository}")\n'
-                f'base = AutoModelForCausalLM.from_pretrained("{base}"{at}, '
-                'dtype="auto", device_map="auto")\n'
-                f'model = PeftModel.from_pretrained(base, "{repository}")',
-            ),
-            *([("vLLM", "sh", vllm)] if rank else []),
-        ]
-    parts = ["## How to load it"]
-    if not facts.is_hub_base and not facts.options.merged:
-        is_toy = facts.recipe.model.model_name_or_path.startswith("builtin:")
-        where = "which orpo-lite writes to runs/builtin" if is_toy else "which is not named here"
-        parts.append(f"`BASE` is the model that the adapter was trained on, {where}.")
-    parts += [f"{title}:\n\n```{language}\n{text}\n```" for title, language, text in blocks]
-    if not facts.options.merged and not vllm_rank(facts.adapter, facts.lock["base"]):
-        parts.append("vLLM cannot serve this adapter: merge it first.")
-    parts.append(OLLAMA)
-    return "\n\n".join(parts)
 
 
 def _verification(facts: Facts) -> str:
     """Return the section with the results of `orpo-lite merge --verify`, or ""."""
     parts = ["## Check of the merge"]
+    of_chosen, numbers = "log-prob of chosen", "mean log-probabilities"
+    if facts.is_reward_model:
+        of_chosen, numbers = "reward of chosen", "rewards"
     for weights, found in facts.verified.items():
         rows = [
             (
@@ -269,11 +243,11 @@ def _verification(facts: Facts) -> str:
         ]
         pairs = f"{found['pairs']:,} {'held-out' if found['held_out'] else 'training'} pairs"
         outcome = found.get("outcome", "passed" if found["passed"] else "FAILED")
-        verdict = f"{outcome}: mean log-probabilities differ by at most"
+        verdict = f"{outcome}: {numbers} differ by at most"
         limit = max(found["bound"], found.get("rounding", 0.0))
         bound = f"{found['difference']:.2g} from base and adapter (limit {limit:.2g})"
         parts.append(f"Merged onto {ONTO[weights]}:")
-        parts.append(_table((pairs, "reward accuracy", "margin", "log-prob of chosen"), rows))
+        parts.append(_table((pairs, "reward accuracy", "margin", of_chosen), rows))
         parts.append(f"{verdict} {bound}; the adapter changes them by up to {found['effect']:.2g}.")
     return "\n\n".join(parts) if facts.verified else ""
 
@@ -283,7 +257,7 @@ def _samples(facts: Facts) -> str:
     samples = [sample for sample in facts.samples if sample.source == source]
     if facts.options.samples:
         samples = samples[: facts.options.samples]
-    if not samples:
+    if not samples or facts.is_reward_model:
         return ""
     prompts = "Held-out prompts" if facts.options.samples else "Neutral prompts, not from the data"
     base = "the base in 4 bit" if facts.recipe.quantization.load_in_4bit else "the base"
@@ -321,10 +295,15 @@ def _limits(facts: Facts) -> str:
         "length.",
     ]
     if facts.evaluations:
+        not_measured = "how good its answers are"
+        if facts.is_reward_model:
+            not_measured = "how well it ranks replies of other kinds"
         lines.append(
             "The held-out metrics measure how well the model ranks pairs that are similar to the "
-            "training pairs. They do not measure how good its answers are."
+            f"training pairs. They do not measure {not_measured}."
         )
+    if facts.is_reward_model:
+        lines += REWARD_LIMITS
     if cut := data["cut"]["responses_without_end"]:
         lines.append(f"{cut:,} responses were cut at {facts.recipe.data.max_length:,} tokens.")
     if shared := data["prompts"]["shared"]:

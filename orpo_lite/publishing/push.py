@@ -158,7 +158,7 @@ def push_events(
         with locked(path) as notes:
             for note in notes:
                 yield Update("note", note)
-            _refuse_samples(path, samples)
+            _refuse_samples(path, recipe, samples)
             pushed = _select_files(folder, lock, again, is_merged=merged is not None)
             base = lock["base"]
             license_files = run_in_thread(
@@ -184,9 +184,11 @@ def push_events(
             _refuse_leaks(files, path, lock, recipe)
             yield from _notes(folder, files, licences)
             yield from check_card(target, card, str(path / "README.md"))
-            title = read_objective(recipe, lock)["title"]
             what = "Merged model" if merged else "LoRA adapter"
-            message = f"{what}, tuned with {title} by orpo-lite"
+            message = f"{what}, tuned with {read_objective(recipe, lock)['title']} by orpo-lite"
+            if recipe.loss.trains_reward_model:
+                what = "Merged reward model" if merged else "LoRA adapter of a reward model"
+                message = f"{what}, trained by orpo-lite"
             commit = yield from commit_files(target, files, message, ours=(*ADAPTER, *MERGED))
     except UnreadableError as error:
         error.fix = again
@@ -329,12 +331,17 @@ def _card(path: Path, options: CardOptions) -> str:
     return complete_card(path, text, options)
 
 
-def _refuse_samples(path: Path, count: int) -> None:
+def _refuse_samples(path: Path, recipe: Recipe, count: int) -> None:
     """Raise :class:`CheckpointError` if held-out samples are requested and the run has none."""
-    if count and not any(sample.source == "held-out" for sample in read_samples(path)):
+    found = ""
+    if recipe.loss.trains_reward_model:
+        found = "is a reward model, which writes no answers"
+    elif not any(sample.source == "held-out" for sample in read_samples(path)):
+        found = f"{SAMPLES} has no answers to held-out prompts"
+    if count and found:
         raise CheckpointError(
             where=f"run {path}",
-            found=f"{SAMPLES} has no answers to held-out prompts",
+            found=found,
             expected="a run with held-out pairs and output.samples greater than 0",
             fix="leave --samples out",
         )

@@ -1119,7 +1119,7 @@ def test_merges_that_no_score_can_order_are_refused(tmp_path: Path) -> None:
     [
         ("onnx", {}, "one of gguf, ollama, vllm"),
         ("gguf", {"outtype": "int3"}, "one of f32"),
-        ("vllm", {"outtype": "f16"}, "serves the adapter unchanged"),
+        ("vllm", {"outtype": "f16"}, "serves the weights unchanged"),
         ("gguf", {"weights": "none"}, "one of original, dequantized"),
     ],
 )
@@ -1394,6 +1394,62 @@ def test_what_vllm_does_not_serve_is_served_merged(adapter: dict[str, Any], tmp_
     (run / "merged" / "config.json").unlink()
     with pytest.raises(CheckpointError, match="orpo-lite merge"):
         export(run, "vllm")
+
+
+def reward_run(path: Path, *overrides: str) -> Path:
+    """What a finished and merged training of a reward model leaves."""
+    run = write_run(path, tiny_llama(520), bytes_tokenizer())
+    recipe = load_recipe(str(run / "recipe.yaml"), ["loss.type=reward", *overrides])
+    (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    return run
+
+
+@pytest.mark.parametrize("is_merged", [True, False])
+@pytest.mark.parametrize("to", ["gguf", "ollama"])
+def test_a_reward_model_is_refused_with_a_command_that_works(
+    to: str, is_merged: bool, tmp_path: Path, call: Callable[..., Answer]
+) -> None:
+    run = reward_run(tmp_path / "a run")
+    if not is_merged:
+        (run / "merged" / "config.json").unlink()
+    code, printed, complained = call("export", str(run), "--to", to, "--verify")
+    assert (code, printed) == (4, "")  # before a library that is not installed is asked for
+    for said in (str(run), f"is a reward model, which --to {to} cannot export", "expected: --to"):
+        assert said in complained, said
+    assert not (run / "export").exists()
+    fix = complained.partition("fix: ")[2].split("\n")[0].strip("`")
+    first, *others = [shlex.split(command)[1:] for command in fix.split(" && ")]
+    if is_merged:
+        assert call(*first)[0] == 0
+    else:
+        assert first == ["merge", str(run)]
+        assert others == [["export", str(run), "--to", "vllm"]]
+
+
+def test_vllm_serves_a_reward_model_merged_and_as_a_pooling_model(tmp_path: Path) -> None:
+    run = reward_run(tmp_path / "run")
+    result = export(run, "vllm")
+    words = ["vllm", "serve", str(run / "merged"), "--served-model-name", "run"]
+    assert shlex.split(result.command) == [*words, "--runner", "pooling"]
+    assert "an adapter with a score head" in result.notes[0]
+    assert 'as "messages" to /classify, with "use_activation": false;' in result.notes[1]
+    assert result.command in (result.folder / "serve.sh").read_text(encoding="utf-8")
+    (run / "merged" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="orpo-lite merge"):
+        export(run, "vllm")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("data.chat_template=none", 'prompt, reply and end token, joined, as "input"'),
+        ('data.chat_template_kwargs={"short": true}', '"chat_template_kwargs": {"short": true}'),
+    ],
+)
+def test_a_request_for_a_reward_is_told_as_in_training(
+    setting: str, said: str, tmp_path: Path
+) -> None:
+    assert said in export(reward_run(tmp_path / "run", setting), "vllm").notes[1]
 
 
 # --- the command

@@ -13,7 +13,7 @@ from hub_server import TOKEN
 from huggingface_hub import ModelCard
 
 from orpo_lite.errors import CheckpointError, ModelError, RecipeError
-from orpo_lite.evaluation.verify import Row, Verdict
+from orpo_lite.evaluation.verify import LOGPS, Row, Verdict
 from orpo_lite.publishing import licences
 from orpo_lite.publishing.card_facts import PLACEHOLDER, CardOptions
 from orpo_lite.publishing.edited_card import (
@@ -321,7 +321,9 @@ def test_what_a_merge_measured_of_itself(tmp_path: Path) -> None:
     (run / "merged/config.json").write_text("{}")
     (run / "merged/model.safetensors").write_bytes(b"")
     rows = (Row("base + adapter", 0.5, -0.25, -1.5), Row("merged", 0.75, 0.125, -1.25))
-    verdict = Verdict(rows, pairs=1_200, held_out=True, difference=1.26e-6, effect=0.5, bound=1e-4)
+    verdict = Verdict(
+        LOGPS, rows, pairs=1_200, held_out=True, difference=1.26e-6, effect=0.5, bound=1e-4
+    )
     (run / "merged/verify.json").write_text(json.dumps(verdict.to_json()))
     text = read(run, CardOptions(REPO, merged="original")).text
     assert "| 1,200 held-out pairs | reward accuracy | margin | log-prob of chosen |" in text
@@ -760,7 +762,7 @@ def test_a_broken_file_of_a_run_is_named_with_what_it_lacks(
     (run / "merged").mkdir()
     (run / "merged/config.json").write_text("{}")
     (run / "merged/model.safetensors").write_bytes(b"")
-    verdict = Verdict((), pairs=1, held_out=True, difference=0.0, effect=0.5, bound=1e-4)
+    verdict = Verdict(LOGPS, (), pairs=1, held_out=True, difference=0.0, effect=0.5, bound=1e-4)
     (run / "merged/verify.json").write_text(json.dumps(verdict.to_json()))
     make_card(run)
     (run / name).write_text(change((run / name).read_text()))
