@@ -31,6 +31,8 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
     made from the recipe's ``lora`` settings.
     """
     lora = recipe.lora
+    if recipe.loss.trains_reward_model or recipe.loss.type == "ppo":
+        add_score_head(model, recipe.training.seed)
     if folder:
         config = read_adapter_config(folder)
         _check_task(config, recipe, folder)
@@ -48,7 +50,6 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
             init_lora_weights=True if is_orthogonal else lora.init_lora_weights,
         )
     if recipe.loss.trains_reward_model:
-        add_score_head(model, recipe.training.seed)
         # For this task, peft trains a copy of the head and saves it with the adapter. It adds the
         # names of heads to modules_to_save.
         config.task_type, config.modules_to_save = SEQ_CLS, None

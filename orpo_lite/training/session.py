@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
+from orpo_lite.base.adapter import find_adapter, reference_folder
 from orpo_lite.base.download import check_disk
 from orpo_lite.data.packing import epoch_order, steps_per_epoch
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.data.prepare import pair_lengths
-from orpo_lite.errors import CheckpointError, Command, FitError, first_line
+from orpo_lite.errors import CheckpointError, Command, FitError, RecipeError, first_line
 from orpo_lite.model.load import choose_dtype, load_pair_model
 from orpo_lite.model.memory import checkpoint_first_layers
 from orpo_lite.model.optimizer import lr_factor, make_optimizer, whole_steps
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
+from orpo_lite.model.ppo_adapters import add_ppo_adapters
 from orpo_lite.model.probe import probe, probe_operations
 from orpo_lite.objectives.objective import Objective, find_objective
 from orpo_lite.ops.devices import device_kind, is_out_of_memory
@@ -143,6 +145,8 @@ def load_session(
             torch.cuda.reset_peak_memory_stats(processes.device)
     for note in pair_model.notes:
         yield Update("note", note)
+    if recipe.loss.type == "ppo":
+        _add_ppo(pair_model, recipe, processes)
     trained = [parameter for _, parameter in pair_model.trained()]
     # A checkpoint holds the adapter and two optimizer states of the adapter's size. Space is needed
     # for the kept checkpoints, the best one, the one being written, and the final adapter.
@@ -159,6 +163,20 @@ def load_session(
     if note := session.warmup_note():
         yield Update("note", note)
     return session
+
+
+def _add_ppo(model: PairModel, recipe: Recipe, processes: Processes) -> None:
+    """Add the adapters of PPO. Raise RecipeError if several processes train."""
+    if processes.count > 1:
+        raise RecipeError(
+            where="loss.type",
+            found=f"ppo with {processes.count} processes",
+            expected="one process",
+            fix="start orpo-lite without accelerate launch",
+        )
+    reference = reference_folder(recipe)
+    reward = find_adapter(str(recipe.loss.reward_adapter_name_or_path))
+    add_ppo_adapters(model, reward, reference, has_reference=reference is not None)
 
 
 def count_steps(recipe: Recipe, inputs: Inputs) -> int:
