@@ -157,7 +157,7 @@ def load_adapter(model: PairModel, folder: Path) -> None:
         ModelError: the file is damaged, or does not fit the model's adapter.
     """
     tensors = read_adapter(folder)
-    if model.score_head is not None and read_adapter_config(folder).task_type != SEQ_CLS:
+    if model.returns_rewards and read_adapter_config(folder).task_type != SEQ_CLS:
         tensors[SCORE_TENSOR] = adapter_tensors(model)[SCORE_TENSOR]
     set_adapter(model, tensors)
 

@@ -43,6 +43,7 @@ are in one row, which contains each sequence completely. rows: each sequence goe
 alone, with the model's own attention. logits: like rows, and the model computes the logits itself.
 """
 ROUTES: tuple[Route, ...] = ("shared", "packed", "rows", "logits")
+POLICY, VALUE = "default", "ppo_value"  # peft's names of the adapters that PPO trains
 ROUTE_NOTES: dict[Route, str] = {
     "packed": "prompts are not shared",
     "rows": "pairs are neither packed nor shared: each sequence goes through the model alone",
@@ -86,8 +87,6 @@ class PairModel(nn.Module):
         """True for a reward model. With PPO, a language model has a score head too."""
         if adapters:
             self.returns_rewards = adapters["default"].task_type == SEQ_CLS
-        self.trained_adapters: tuple[str, ...] = ()
-        """peft's names of the adapters that are trained. (): the active one."""
         self.checkpointed = 0
         """Number of decoder layers, counted from the first one, that keep only their input."""
         if getattr(self.config.get_text_config(), "output_router_logits", False):
@@ -110,6 +109,11 @@ class PairModel(nn.Module):
         if causal.base_model is causal:  # some models lack the attribute base_model_prefix names
             return causal.model
         return causal.base_model
+
+    @property
+    def has_value_model(self) -> bool:
+        """True if PPO trains a value model (:mod:`orpo_lite.model.ppo_adapters`)."""
+        return VALUE in getattr(self.model, "peft_config", {})
 
     @property
     def score_head(self) -> Any:
@@ -250,9 +254,9 @@ class PairModel(nn.Module):
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """Return (name, parameter) of each trained parameter. All belong to adapters."""
         named = self.model.named_parameters()
-        if not self.trained_adapters:
+        if not self.has_value_model:
             return [(name, parameter) for name, parameter in named if parameter.requires_grad]
-        adapters = {*self.trained_adapters}
+        adapters = {POLICY, VALUE}
         return [(name, parameter) for name, parameter in named if adapters & {*name.split(".")}]
 
     @contextmanager

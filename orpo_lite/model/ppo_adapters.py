@@ -4,21 +4,23 @@ All of them and the policy share one base. The policy is peft's adapter "default
 """
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from orpo_lite.base.adapter import SEQ_CLS, read_adapter_config
-from orpo_lite.model.adapter import adapter_tensors, read_adapter, set_adapter
-from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.adapter import read_adapter, set_adapter
+from orpo_lite.model.pair_model import POLICY, VALUE, PairModel
 from orpo_lite.model.score_head import SCORE
+from orpo_lite.ops.devices import META
 
-POLICY, REFERENCE, REWARD, VALUE = "default", "ppo_reference", "ppo_reward", "ppo_value"
+REFERENCE, REWARD = "ppo_reference", "ppo_reward"  # peft's names of the other adapters
 
 
 def add_ppo_adapters(
     model: PairModel, reward: Path | None, reference: Path | None, *, has_reference: bool
 ) -> None:
-    """Add the adapters. Policy and value model are trained from now on.
+    """Add the adapters. :meth:`PairModel.trained` has those of policy and value model afterwards.
 
     Args:
         model: the model with the policy's adapter.
@@ -32,21 +34,22 @@ def add_ppo_adapters(
     for name in (REWARD, VALUE):
         config = read_adapter_config(reward) if reward else _like_policy(wrapped)
         config.task_type, config.modules_to_save = SEQ_CLS, [SCORE]
-        wrapped.add_adapter(name, config)
+        _add(model, name, config)
         if tensors:
             set_adapter(model, tensors, name)
     if has_reference:
         config = read_adapter_config(reference) if reference else _like_policy(wrapped)
-        wrapped.add_adapter(REFERENCE, config)
+        _add(model, REFERENCE, config)
         if reference:
             set_adapter(model, read_adapter(reference), REFERENCE)
     wrapped.set_adapter(POLICY)
-    model.trained_adapters = (POLICY, VALUE)
 
 
-def value_tensors(model: PairModel) -> dict[str, Any]:
-    """Return peft's name of each tensor of the value model -> the tensor on the CPU."""
-    return adapter_tensors(model, VALUE)
+def _add(model: PairModel, name: str, config: Any) -> None:
+    wrapped: Any = model.model
+    # For a model on meta, peft would otherwise allocate each matrix in memory.
+    with META if model.device == META else nullcontext():
+        wrapped.add_adapter(name, config)
 
 
 def _like_policy(wrapped: Any) -> Any:

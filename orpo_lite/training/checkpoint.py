@@ -19,8 +19,7 @@ from torch import Tensor
 from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.errors import CheckpointError
 from orpo_lite.model.adapter import adapter_tensors, set_adapter
-from orpo_lite.model.pair_model import PairModel
-from orpo_lite.model.ppo_adapters import VALUE, value_tensors
+from orpo_lite.model.pair_model import VALUE, PairModel
 from orpo_lite.runs.atomic import new_folder, sha256, to_json
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.runs.records import read_json
@@ -38,8 +37,8 @@ def save(run: Path, model: PairModel, optimizer: torch.optim.Optimizer, state: T
     with new_folder(final) as folder:
         save_file(adapter_tensors(model), folder / ADAPTER_WEIGHTS)
         save_file(tensors, folder / OPTIMIZER)
-        if model.trained_adapters:
-            save_file(value_tensors(model), folder / VALUE_WEIGHTS)
+        if model.has_value_model:
+            save_file(adapter_tensors(model, VALUE), folder / VALUE_WEIGHTS)
         (folder / STATE).write_text(
             to_json(replace(state, optimizer=scalars).to_json()), encoding="utf-8"
         )
@@ -103,7 +102,7 @@ def restore(folder: Path, model: PairModel, optimizer: torch.optim.Optimizer) ->
     """
     state = read_state(folder)
     load_adapter(folder, model)
-    if model.trained_adapters:
+    if model.has_value_model:
         set_adapter(model, load_file(folder / VALUE_WEIGHTS), VALUE)
     _restore_optimizer(optimizer, load_file(folder / OPTIMIZER), state.optimizer)
     return replace(state, optimizer={})

@@ -18,7 +18,8 @@ from orpo_lite.data.packing import Batching, PackedPairs, epoch_order, micro_bat
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.generate import Answerer, Decoding
 from orpo_lite.model.held_out import score
-from orpo_lite.model.ppo_adapters import REFERENCE, REWARD, VALUE
+from orpo_lite.model.pair_model import VALUE
+from orpo_lite.model.ppo_adapters import REFERENCE, REWARD
 from orpo_lite.objectives.ppo import (
     adapted_kl_coef,
     advantages,

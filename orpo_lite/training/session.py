@@ -12,7 +12,7 @@ from orpo_lite.base.adapter import find_adapter, reference_folder
 from orpo_lite.base.download import check_disk
 from orpo_lite.data.packing import epoch_order, steps_per_epoch
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.data.prepare import pair_lengths
+from orpo_lite.data.prepare import step_lengths
 from orpo_lite.errors import CheckpointError, Command, FitError, RecipeError, first_line
 from orpo_lite.model.load import choose_dtype, load_pair_model
 from orpo_lite.model.memory import checkpoint_first_layers
@@ -134,7 +134,8 @@ def load_session(
         probe_operations(pair_model)
     else:
         longest = max(
-            int(pair_lengths(split)[:, 1:].max(initial=1)) for split in (inputs.train, inputs.test)
+            int(step_lengths(recipe, split)[:, 1:].max(initial=1))
+            for split in (inputs.train, inputs.test)
         )
         tokens_of_step = 2 * longest * recipe.training.global_batch_size
         probe(pair_model, longest, min(recipe.micro_batch_tokens, tokens_of_step))
