@@ -1,7 +1,7 @@
 """Define the interface of an objective for training, planning, evaluation and reports.
 
 To add an objective, add a file to this package, and add the file's name to the values of
-``LossSection.type``.
+``orpo_lite.recipe.loss.LossType``.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from orpo_lite.data.packing import PairFacts, nll_tokens
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import Overrides, RecipeError
 from orpo_lite.ops.outputs import PairScores
-from orpo_lite.recipe.schema import LossSection
+from orpo_lite.recipe.loss import LossSection
 
 Need = Literal["rejected", "reference"]
 """What an objective can need in addition to the chosen responses' log-probabilities.

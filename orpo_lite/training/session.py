@@ -1,14 +1,14 @@
 """Define a session: the objects of a training in memory. Load, restore and save a session."""
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from orpo_lite.base.adapter import find_adapter, reference_folder
+from orpo_lite.base.adapter import REWARD, find_adapter, note_on_base, reference_folder
 from orpo_lite.base.download import check_disk
 from orpo_lite.data.packing import epoch_order, steps_per_epoch
 from orpo_lite.data.pair import TokenizedPair
@@ -147,7 +147,7 @@ def load_session(
     for note in pair_model.notes:
         yield Update("note", note)
     if recipe.loss.type == "ppo":
-        _add_ppo(pair_model, recipe, processes)
+        yield from _add_ppo(pair_model, recipe, inputs, processes)
     trained = [parameter for _, parameter in pair_model.trained()]
     # A checkpoint holds the adapter and two optimizer states of the adapter's size. Space is needed
     # for the kept checkpoints, the best one, the one being written, and the final adapter.
@@ -166,8 +166,10 @@ def load_session(
     return session
 
 
-def _add_ppo(model: PairModel, recipe: Recipe, processes: Processes) -> None:
-    """Add the adapters of PPO. Raise RecipeError if several processes train."""
+def _add_ppo(
+    model: PairModel, recipe: Recipe, inputs: Inputs, processes: Processes
+) -> Iterator[Update]:
+    """Add the adapters of PPO, and yield notes. Raise RecipeError if several processes train."""
     if processes.count > 1:
         raise RecipeError(
             where="loss.type",
@@ -177,6 +179,8 @@ def _add_ppo(model: PairModel, recipe: Recipe, processes: Processes) -> None:
         )
     reference = reference_folder(recipe)
     reward = find_adapter(str(recipe.loss.reward_adapter_name_or_path))
+    for note in note_on_base(reward, inputs.base.name, REWARD):
+        yield Update("note", note)
     add_ppo_adapters(model, reward, reference, has_reference=reference is not None)
 
 
