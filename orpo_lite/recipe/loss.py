@@ -6,7 +6,6 @@ from pydantic import Field
 
 from orpo_lite.recipe.section import Section
 
-
 LossType = Literal["orpo", "sft", "dpo", "cpo", "simpo", "probability_ratio", "reward", "ppo"]
 
 
