@@ -308,6 +308,7 @@ def _rollout_metrics(rollout: Rollout, kl_coef: float) -> dict[str, float]:
     return {
         "loss": kl_coef * kl - score_,
         "objective/scores": score_,
+        "objective/scores_std": float(rollout.scores_R.std(unbiased=False)),
         "objective/kl": kl,
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": score_ - kl_coef * kl,

@@ -1,5 +1,6 @@
 """PPO: its formulas, exact ratios and KL at the start, rising rewards, equal bits when resumed."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -71,11 +72,9 @@ def test_ratio_and_value_are_clipped_and_the_weight_of_kl_adapts() -> None:
 def reward(small_recipe: Build) -> TrainResult:
     """A reward model of the rule that a good reply has many a's."""
     rng, rows = random.Random(0), []
-    for _ in range(96):
+    for _ in range(128):
         few, many = letters(rng, 6).replace("a", "b"), letters(rng, 3) + "aaa"
         rows.append({"prompt": letters(rng, 4), "chosen": many, "rejected": few})
-    import json
-
     Path("rule.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return train(
         small_recipe(
@@ -107,6 +106,22 @@ def test_ppo_starts_exactly_raises_the_reward_and_resumes_with_the_same_bits(
     assert held_out[-1] > held_out[0] + 0.1
     killed = stop_at(3, ppo(small_recipe, reward, "training.max_steps=6", "training.output_dir=b"))
     assert same_bits(go_on(killed)[1].run, run)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_reward_of_64_answers_rises(
+    small_recipe: Build, reward: TrainResult, seed: int
+) -> None:
+    """After 60 steps the mean reward is at least 2 standard errors above the start."""
+    more = ("training.max_steps=60", "training.eval_steps=60", "data.test_split_size=64")
+    settings = ppo(small_recipe, reward, *more, f"training.seed={seed}")
+    first, last = (row for row in read_metrics(train(settings).run) if "eval_loss" in row)
+    error = (
+        first["eval_objective/scores_std"] ** 2 + last["eval_objective/scores_std"] ** 2
+    ) ** 0.5
+    rise = last["eval_objective/scores"] - first["eval_objective/scores"]
+    assert rise > 2 * error / 8
 
 
 def test_ppo_after_sft_has_the_start_as_its_reference(
