@@ -62,10 +62,15 @@ def reward_config(config: Any) -> Any:
     return config
 
 
+def is_classifier(config: Any) -> bool:
+    """Return whether a transformers configuration is that of a sequence classifier."""
+    names = getattr(config, "architectures", None) or [""]
+    return str(names[0]).endswith("ForSequenceClassification")
+
+
 def is_reward_model(config: Any) -> bool:
     """Return whether a transformers configuration is that of a merged reward model."""
-    names = getattr(config, "architectures", None) or [""]
-    return str(names[0]).endswith("ForSequenceClassification") and config.num_labels == 1
+    return is_classifier(config) and config.num_labels == 1
 
 
 def output_head_names(model: Any) -> list[str]:
