@@ -141,10 +141,8 @@ class Layout(NamedTuple):
     moves_system: bool = False
     """True if the system text must be put in front of the next user turn's text."""
     tails: tuple[str, str] | None = None
-    """The texts after the last turn: with a generation prompt, and before a reply.
-
-    None if the template writes the turns in the same way in both cases.
-    """
+    """The texts after the last turn: with a generation prompt, and before a reply. None if the
+    template writes the turns in the same way in both cases."""
 
 
 Rendered = PairTexts | str | OrpoLiteError

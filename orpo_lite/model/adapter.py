@@ -90,10 +90,6 @@ def _check_task(config: LoraConfig, recipe: Recipe, folder: Path) -> None:
             where=str(folder / "adapter_config.json"),
             found="is the adapter of a reward model (task_type SEQ_CLS)",
             expected=f"the adapter of a language model for loss.type {recipe.loss.type}",
-            fix=Overrides(
-                {"model.adapter_name_or_path": None},
-                ", which trains a new adapter; loss.type=reward trains the reward model further",
-            ),
         )
 
 
