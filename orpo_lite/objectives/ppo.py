@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts
-from orpo_lite.objectives.objective import Divisors, Metric, Objective, mean_nll
+from orpo_lite.objectives.objective import (
+    Divisors,
+    Metric,
+    Objective,
+    mean_nll,
+    reference_setting,
+)
 from orpo_lite.ops.outputs import PairScores
+from orpo_lite.recipe.values import is_on_hub
 
 MAX_KL_ERROR = 0.2  # arXiv 1909.08593, section 2.2
 
@@ -50,12 +57,18 @@ class Ppo(Objective):
         return {"loss": parts[0]}
 
     def described(self) -> list[tuple[str, str]]:
-        """Return the settings of the loss."""
+        """Return reward model, reference model and the settings of the loss."""
+        reward = self.settings.reward_adapter_name_or_path or ""
+        models = [
+            ("reward model", reward if is_on_hub(reward) else "a local adapter on the base"),
+            reference_setting(self.settings),
+        ]
         names = (
             "response_length", "temperature", "num_ppo_epochs", "ppo_mini_batch_size", "kl_coef",
             "kl_target", "kl_horizon", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef",
         )  # fmt: skip
-        return [(f"`loss.{name}`", str(getattr(self.settings, name))) for name in names]
+        values = [(f"`loss.{name}`", str(getattr(self.settings, name))) for name in names]
+        return models + values
 
 
 def token_rewards(scores_R: Tensor, kl_N: Tensor, lengths: Sequence[int], kl_coef: float) -> Tensor:

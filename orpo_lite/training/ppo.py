@@ -5,6 +5,7 @@ is loaded. A step samples an answer to each of its prompts, and then takes sever
 answers. Its result depends only on the recipe, the data, the step's number and the weights.
 """
 
+import hashlib
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -173,7 +174,7 @@ def _sample(
     prompts = [[*map(int, pair.chosen_ids[: pair.chosen_start])] for pair in pairs]
     found: dict[int, list[int]] = {}
     for number, rows in enumerate(_without_repeats(prompts)):
-        decoding = Decoding(loss.response_length, loss.temperature, hash((*seed, number)))
+        decoding = Decoding(loss.response_length, loss.temperature, _number((*seed, number)))
         for batch in answerer.answer([prompts[row] for row in rows], decoding):
             found |= {rows[index]: ids for index, ids in batch.items()}
     answers = []
@@ -185,6 +186,12 @@ def _sample(
             TokenizedPair(prompts[row] + ids + end, [], start, 0, pair.where, pair.prompt)
         )
     return answers
+
+
+def _number(place: Sequence[int]) -> int:
+    """Return a seed that depends on all numbers of ``place``."""
+    digest = hashlib.blake2b(":".join(map(str, place)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest)
 
 
 def _without_repeats(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
