@@ -31,7 +31,7 @@ from orpo_lite.objectives.ppo import (
 )
 from orpo_lite.training.session import Session
 from orpo_lite.training.state import TrainState
-from orpo_lite.training.step import memory_metrics, update
+from orpo_lite.training.step import progress_metrics, set_learning_rate, update
 from orpo_lite.updates import Update, staged
 
 MAX_HELD_OUT = 64
@@ -83,9 +83,8 @@ def take_ppo_step(
         The step's metrics with TRL's names, and whether all losses and gradients were finite.
     """
     began = time.monotonic()
-    loss, learning_rate = session.recipe.loss, session.learning_rate(state.step)
-    for group in session.optimizer.param_groups:
-        group["lr"] = learning_rate
+    loss = session.recipe.loss
+    set_learning_rate(session, state.step)
     kl_coef = loss.kl_coef if state.kl_coef is None else state.kl_coef
     with session.pair_model.without_dropout():
         rollout = _roll_out(session, batch, seed=(session.recipe.training.seed, state.step))
@@ -94,17 +93,10 @@ def take_ppo_step(
         kl_coef, rollout.kl, loss.kl_target, len(rollout.answers), loss.kl_horizon
     )
     finite = all(done.finite for done in updates)
-    sampled = sum(rollout.lengths)
     state.count_step(sum(len(pair.chosen_ids) for pair in rollout.answers), finite=finite)
     metrics = _rollout_metrics(rollout, kl_coef) | _update_metrics(updates)
-    metrics |= {
-        "objective/kl_coef": kl_coef,
-        "learning_rate": learning_rate,
-        "num_tokens": state.num_tokens,
-        "tokens_per_second": sampled / (time.monotonic() - began),
-        "epoch": state.step / session.per_epoch,
-    }
-    return metrics | memory_metrics(session.processes.device), finite
+    metrics["objective/kl_coef"] = kl_coef
+    return metrics | progress_metrics(session, state, sum(rollout.lengths), began), finite
 
 
 def evaluate_ppo(
