@@ -25,6 +25,8 @@ def planted(ends: dict[str, tuple[float, float]], noise: float = 0.02) -> Study:
         def runs(self, arm: str, _: Base = study.MAIN) -> list[Run]:
             return [self.one(arm, seed) for seed in (0, 1)]
 
+        ablation = runs
+
         def one(self, arm: str, seed: int) -> Run:
             rng = np.random.default_rng([seed, [*ends].index(arm)])
 
@@ -148,6 +150,7 @@ def test_a_small_study_of_real_pairs(
     """The rows of a step, the formats of the graders; a training is made once."""
     small = Study(SHARED / "models", SHARED / "data", tmp_path, seeds=(42,), epochs=0.5, rows=50)
     monkeypatch.setattr(cost, "STEPS", 1)
+    monkeypatch.setattr(cost, "BATCH", 2)
     verdicts = {
         name: EXPERIMENTS[name].measure(small).to_json()["verdicts"] for name in ("E7", "E8")
     }

@@ -37,6 +37,7 @@ def measure(names: list[str], study: Study, before: dict[str, Any]) -> dict[str,
     settings = {
         "epochs": study.epochs,
         "seeds": [*study.seeds],
+        "ablation_seeds": [*study.ablation_seeds],
         "rows": study.rows,
         "batch": made.training.global_batch_size,
         "learning_rate": made.training.learning_rate,

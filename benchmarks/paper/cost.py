@@ -20,7 +20,7 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.updates import run_to_end, staged
 
-STEPS = 12
+STEPS, BATCH = 12, 16
 ORPO, DPO = {"loss.type": "orpo", "loss.beta": 1.0}, {"loss.type": "dpo", "loss.beta": 0.1}
 
 
@@ -72,10 +72,9 @@ def counted_rows(model: PairModel) -> Iterator[list[int]]:
 def compare(study: Study) -> tuple[list[Check], dict[str, Any]]:
     """Return the checks of E7, and the data of its plot."""
     train, _ = read_pairs(study.recipe(MAIN, "orpo-1", study.seeds[0]))
-    size = study.recipe(MAIN, "orpo-1", study.seeds[0]).training.global_batch_size
     batches = [
-        [train[index] for index in range(start, start + size)]
-        for start in range(0, min(len(train) - size + 1, STEPS * size), size)
+        [train[index] for index in range(start, start + BATCH)]
+        for start in range(0, min(len(train) - BATCH + 1, STEPS * BATCH), BATCH)
     ]
     padded = Trainer(study, packing=False)
     known = padded.reference(batches[0])

@@ -198,7 +198,7 @@ def orpo(study: Study) -> Outcome:
 
 def weight(study: Study) -> Outcome:
     """Compare the ends of the trainings with four values of λ."""
-    arms = {name: study.runs(f"orpo-{name}") for name in LAMBDAS}
+    arms = {name: study.ablation(f"orpo-{name}") for name in LAMBDAS}
     checks: list[Check] = []
     for less, more in pairwise(LAMBDAS):
         checks += check_runs(
@@ -220,7 +220,7 @@ def weight(study: Study) -> Outcome:
 
 def ratio(study: Study) -> Outcome:
     """Compare the odds ratio with the probability ratio, of means and of sums."""
-    odds, mean, total = (study.runs(name) for name in ("orpo-1", "pr-mean", "pr-sum"))
+    odds, mean, total = (study.ablation(name) for name in ("orpo-1", "pr-mean", "pr-sum"))
     checks: list[Check] = []
     for side in ("chosen", "rejected"):
         checks += check_runs(
@@ -269,6 +269,7 @@ SMALL = (
     "The bases are small story models that cannot answer instructions, and a few hundred pairs "
     "teach them little about which reply is better."
 )
+ONE_SEED = "There is one training of each arm, so the error of the training is not measured."
 
 EXPERIMENTS: dict[str, Experiment] = {
     "E0": Experiment(
@@ -312,7 +313,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "replies end with a lower log-probability.",
         f"ORPO with λ = 0.1, 0.5, 1 and 5, from the same base and pairs. {LOGPS} Each step from "
         "one λ to the next must hold.",
-        f"{SMALL} The paper compares λ = 0.1, 0.5 and 1 with Mistral 7B on UltraFeedback.",
+        f"{SMALL} {ONE_SEED} The paper compares λ = 0.1, 0.5 and 1 with Mistral 7B on "
+        "UltraFeedback.",
         weight,
         tuple((MAIN, f"orpo-{name}") for name in LAMBDAS),
     ),
@@ -322,11 +324,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         "With the probability ratio in place of the odds ratio, the rejected replies are pushed "
         "too far: their log-probability falls under -4. With the odds ratio it does not.",
         "ORPO with λ = 1, and the probability ratio with weight 1, of mean and of summed "
-        f"log-probabilities. {LOGPS} With means, both ratios should be nearly one loss: "
-        "log(1 - P) is close to 0 where P is small. So Fig. 8 must be about sums.",
-        "The bases give these replies about -4 before any training, so -4 is no deep level here. "
-        "The changes from the base are in the table too. The paper does not say whether its ratio "
-        "is of means or of sums; the code of its authors has no probability ratio.",
+        f"log-probabilities. {LOGPS} P is a mean over tokens in Eq. 3. Then log(1 - P) is close to "
+        "0, because P is small, and both ratios should be nearly one loss. So the fall of Fig. 8 "
+        "is looked for in the ratio of sums.",
+        f"{ONE_SEED} The base gives these replies about -4 before any training, so -4 is no deep "
+        "level here. The changes from the base are in the table too.",
         ratio,
         ((MAIN, "orpo-1"), (MAIN, "pr-mean"), (MAIN, "pr-sum")),
     ),

@@ -133,8 +133,8 @@ def _sizes(arms: Sequence[tuple[Any, str]], trainings: Sequence[Mapping[str, Any
                 for key in ("pairs", "held_out", "steps")
             )
             texts.append(
-                f" {base}: {', '.join(names)}; {len({row['seed'] for row in rows})} seeds, {pairs} "
-                f"pairs, {steps} steps, {held_out} held-out pairs."
+                f" {base}, {' and '.join(names)}: {pairs} pairs, {steps} steps, "
+                f"{held_out} held-out pairs."
             )
     return "".join(texts)
 

@@ -95,6 +95,9 @@ class Study:
     data: Path = DATA
     folder: Path = Path("runs/paper")
     seeds: tuple[int, ...] = (42, 43)
+    """The seeds of E1 and E2."""
+    ablation_seeds: tuple[int, ...] = (42,)
+    """The seeds of E3 and E4, which have many arms."""
     epochs: float = 3
     rows: int | None = None
     """Number of rows to read of the data; None: all."""
@@ -185,6 +188,10 @@ class Study:
     def runs(self, arm: str, base: Base = MAIN) -> list[Run]:
         """Return the trainings of an arm, one for each seed."""
         return [self.run(arm, seed, base) for seed in self.seeds]
+
+    def ablation(self, arm: str) -> list[Run]:
+        """Return the trainings of an arm of E3 or E4, one for each of their seeds."""
+        return [self.run(arm, seed) for seed in self.ablation_seeds]
 
     def trainings(self) -> list[dict[str, Any]]:
         """Return what is known of each finished training in the folder: its size and its time."""
