@@ -13,10 +13,11 @@ import numpy as np
 
 from benchmarks.paper import cost, graders
 from benchmarks.paper.check import Check, over_pairs, together
-from benchmarks.paper.study import MAIN, SECOND, Base, Run, Study
+from benchmarks.paper.study import MAIN, SECOND, Base, Run, Scores, Study
 
 SAMPLES = 50_000
 PAIRS = ("held-out", "training")
+SIDES = ("chosen", "rejected", "margin")
 LAMBDAS = ("0.1", "0.5", "1", "5")
 
 
@@ -132,18 +133,32 @@ def check_runs(
 
 
 def curves(arms: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
-    """Return, for each arm, the mean log-probabilities of held-out pairs in each evaluation."""
-    found = {}
+    """Return the data of a plot: the mean log-probabilities of each arm, averaged over its seeds.
+
+    ``curves``: of the held-out pairs, in each evaluation. ``ends``: of all pairs, at the end.
+    """
+    found: dict[str, Any] = {}
+    ends: dict[str, Any] = {}
     for label, runs in arms.items():
         rows = [[*run.held_out.items()] for run in runs]
-        steps = min(len(row) for row in rows)
-        named = {}
-        for name in ("chosen_P", "rejected_P", "margin_P"):
-            means = [[float(getattr(s, name).mean()) for _, s in row[:steps]] for row in rows]
-            named[name.removesuffix("_P")] = [round(v, 5) for v in np.mean(means, 0).tolist()]
+        count = min(len(row) for row in rows)
         last = rows[0][-1][0]
-        found[label] = {"epoch_share": [round(step / last, 4) for step, _ in rows[0]], **named}
-    return {"curves": found}
+        found[label] = {"share": [round(step / last, 4) for step, _ in rows[0][:count]]}
+        for name in SIDES:
+            means = [[_mean(scores, name) for _, scores in row[:count]] for row in rows]
+            found[label][name] = [round(value, 5) for value in np.mean(means, 0).tolist()]
+        ends[label] = {
+            pairs: [
+                round(float(np.mean([_mean(run.scores(pairs, "end"), name) for run in runs])), 5)
+                for name in SIDES
+            ]
+            for pairs in PAIRS
+        }
+    return {"curves": found, "ends": ends}
+
+
+def _mean(scores: Scores, name: str) -> float:
+    return float(getattr(scores, f"{name}_P").mean())
 
 
 def sft(study: Study) -> Outcome:

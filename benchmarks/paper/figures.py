@@ -68,7 +68,7 @@ def _curves(curves: Mapping[str, Any], panels: tuple[tuple[str, str], ...]) -> F
     for axes, (key, title) in zip(all_axes, panels, strict=True):
         for number, (label, line) in enumerate(curves.items()):
             style = {"linestyle": LINES[number % 4], "marker": MARKERS[number % 4]}
-            axes.plot(line["epoch_share"], line[key], label=label, markersize=3, **style)
+            axes.plot(line["share"], line[key], label=label, markersize=3, **style)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("share of the training")
     all_axes[0].set_ylabel("nats a token, held-out pairs")

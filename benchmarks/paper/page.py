@@ -114,11 +114,26 @@ def _section(
     yield _paragraph(f"**Set-up.** {experiment.setup}{_sizes(experiment.arms, trainings)}")
     if found["plot"]:
         yield f"![{experiment.title}]({folder}/{name.lower()}.svg)\n"
+    yield from _ends(found["plot"].get("ends", {}))
     yield "| statement | measured on | value | 95% interval | each seed | verdict |"
     yield "|---|---|---|---|---|---|"
     yield from (_row(check) for check in found["checks"])
     yield f"\n**Verdict: {verdict_text(found)}.**\n"
     yield _paragraph(f"**Limits.** {experiment.limits}")
+
+
+def _ends(ends: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[str]:
+    """Yield a table of the log-probabilities at the end of each arm."""
+    if not ends:
+        return
+    kinds = [*next(iter(ends.values()))]
+    names = [f"{kind}: {name}" for kind in kinds for name in ("chosen", "rejected", "margin")]
+    yield f"| mean over seeds | {' | '.join(names)} |"
+    yield f"|---|{'---|' * len(names)}"
+    for label, found in ends.items():
+        values = [_number(value) for kind in kinds for value in found[kind]]
+        yield f"| {label} | {' | '.join(values)} |"
+    yield ""
 
 
 def _sizes(arms: Sequence[tuple[Any, str]], trainings: Sequence[Mapping[str, Any]]) -> str:
