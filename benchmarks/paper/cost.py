@@ -20,7 +20,7 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.updates import run_to_end, staged
 
-STEPS, BATCH = 12, 16
+STEPS, BATCH = 8, 16
 ORPO, DPO = {"loss.type": "orpo", "loss.beta": 1.0}, {"loss.type": "dpo", "loss.beta": 0.1}
 
 

@@ -65,7 +65,7 @@ def spread(_: Study) -> Outcome:
     """Sample the two ratios of two random probabilities, and compare their variances."""
     first, second = np.random.default_rng(0).uniform(size=(2, SAMPLES))
     ratio = np.log(first) - np.log(second)
-    odds = ratio - (np.log1p(-first) + -np.log1p(-second))
+    odds = ratio - (np.log1p(-first) - np.log1p(-second))
     samples = {"β log ratio, β = 0.2": 0.2 * ratio, "β log ratio, β = 1": ratio, "log odds": odds}
     expected = (2 * 0.2**2, 2.0, 2 * np.pi**2 / 3)
     checks = [
