@@ -168,7 +168,7 @@ def sft(study: Study) -> Outcome:
         runs = study.runs("sft", base)
         lines[base.name] = runs
         for side in ("chosen", "rejected"):
-            statement = f"{base.name}: SFT adds at least 0.5 nat to the {side} log-probability"
+            statement = f"{base.name}: SFT adds more than 0.5 nat to the {side} log-probability"
             checks += check_runs(statement, runs, change_of(f"{side}_P"), minimum=0.5)
         statement = f"{base.name}: change of the margin, chosen minus rejected"
         checks += check_runs(statement, runs, change_of("margin_P"), is_claim=False)
@@ -276,9 +276,9 @@ def formats(study: Study) -> Outcome:
 
 
 LOGPS = (
-    "Log-probabilities are means over the tokens of a reply (Eq. 3). The paper draws them for its "
-    "training pairs. Here they are measured on pairs that were not trained on, and on the training "
-    "pairs too."
+    "Log-probabilities are means over the tokens of a reply (Eq. 3). The paper's Fig. 7 is drawn "
+    "from training batches. Here they are measured on pairs that were not trained on, and also on "
+    "the training pairs."
 )
 SMALL = (
     "The bases are small story models that cannot answer instructions, and a few hundred pairs "
@@ -303,7 +303,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "SFT also makes rejected replies likely",
         "Fig. 3, Section 3",
         "Fine-tuning on the chosen replies alone raises the log-probability of the rejected "
-        "replies nearly as much. The NLL has nothing that holds rejected replies back.",
+        "replies too. The NLL has nothing that holds rejected replies back.",
         f"SFT on both bases. {LOGPS}",
         "Part of the rise is the chat template and the style of the data, which are new to the "
         "bases. The paper's model, OPT-350M, is hundreds of times larger.",
@@ -316,8 +316,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         "With ORPO the chosen replies become likely as in SFT, while the rejected replies are held "
         "back: the log odds ratio grows during the training.",
         f"SFT, and ORPO with λ = 1, on both bases with the same pairs in the same order. {LOGPS}",
-        f"{SMALL} In the paper's figure the rejected log-probability itself falls. That stronger "
-        "form is a row of the table, and no part of the verdict.",
+        f"{SMALL} A lower rejected log-probability alone is no success, because the chosen one may "
+        "be lower too: see the first table. In the paper's figure the rejected log-probability "
+        "itself falls. That stronger form is a row of the table, and no part of the verdict.",
         orpo,
         ((MAIN, "sft"), (MAIN, "orpo-1"), (SECOND, "sft"), (SECOND, "orpo-1")),
     ),
