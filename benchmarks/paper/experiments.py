@@ -56,6 +56,8 @@ class Experiment:
     measure: Callable[[Study], Outcome]
     arms: tuple[tuple[Base, str], ...] = ()
     """The trainings that it needs."""
+    seeds: str = "seeds"
+    """The setting that names their seeds: ``seeds`` or ``ablation_seeds``."""
 
 
 # --- E0
@@ -196,6 +198,13 @@ def orpo(study: Study) -> Outcome:
             maximum=0.0,
         )
         checks += check_runs(
+            f"{base.name}: the chosen log-probability of ORPO minus that of SFT",
+            tuned,
+            end_of("chosen_P"),
+            plain,
+            is_claim=False,
+        )
+        checks += check_runs(
             f"{base.name}: ORPO lowers the rejected log-probability below that of the base",
             tuned,
             change_of("rejected_P"),
@@ -247,6 +256,13 @@ def ratio(study: Study) -> Outcome:
             minimum=-0.05,
             maximum=0.05,
         )
+    checks += check_runs(
+        "the ratio of mean log-probabilities: the rejected log-probability ends under -4",
+        mean,
+        end_of("rejected_P"),
+        maximum=-4.0,
+        is_claim=False,
+    )
     named = (("the odds ratio", odds), ("the ratio of summed log-probabilities", total))
     for name, runs in named:
         bounds = {"maximum": -4.0} if runs is total else {"minimum": -4.0}
@@ -313,8 +329,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "E2": Experiment(
         "ORPO separates the two replies",
         "Fig. 7, Section 7",
-        "With ORPO the chosen replies become likely as in SFT, while the rejected replies are held "
-        "back: the log odds ratio grows during the training.",
+        "ORPO learns the chosen replies as SFT does, and holds the rejected replies back: the "
+        "ratio between the two grows during the training.",
         f"SFT, and ORPO with λ = 1, on both bases with the same pairs in the same order. {LOGPS}",
         f"{SMALL} A lower rejected log-probability alone is no success, because the chosen one may "
         "be lower too: see the first table. In the paper's figure the rejected log-probability "
@@ -333,27 +349,29 @@ EXPERIMENTS: dict[str, Experiment] = {
         "UltraFeedback.",
         weight,
         tuple((MAIN, f"orpo-{name}") for name in LAMBDAS),
+        "ablation_seeds",
     ),
     "E4": Experiment(
-        "Odds ratio or probability ratio",
+        "The odds ratio, or the probability ratio of sums",
         "Fig. 8, Appendix B",
         "With the probability ratio in place of the odds ratio, the rejected replies are pushed "
         "too far: their log-probability falls under -4. With the odds ratio it does not.",
         "ORPO with λ = 1, and the probability ratio with weight 1, of mean and of summed "
         f"log-probabilities. {LOGPS} P is a mean over tokens in Eq. 3. Then log(1 - P) is close to "
         "0, because P is small, and both ratios should be nearly one loss. So the fall of Fig. 8 "
-        "is looked for in the ratio of sums.",
+        "is looked for in the ratio of sums, and the verdict is about sums.",
         f"{ONE_SEED} The base gives these replies about -4 before any training, so -4 is no deep "
         "level here. The changes from the base are in the table too.",
         ratio,
         ((MAIN, "orpo-1"), (MAIN, "pr-mean"), (MAIN, "pr-sum")),
+        "ablation_seeds",
     ),
     "E7": Experiment(
         "Passes through the model",
         "Section 7.3",
         "A step of ORPO needs half the forward passes of a step of DPO, because ORPO has no "
         "reference model.",
-        "Rows that go through the model are counted in a step of padded pairs. Times are those of "
+        "Rows that go through the model are counted in a step of 16 padded pairs. Times are those of "
         "the packed step, in one process; steps of ORPO and of DPO with its reference pass "
         "alternate on the same pairs.",
         "orpo-lite computes the reference once, before the first step, and keeps it on disk. Then "
@@ -364,7 +382,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "E8": Experiment(
         "The formats of the graders",
-        "Section 5.3, Tables 1 and 6, Fig. 4",
+        "Tables 1 and 6, Fig. 12",
         "The paper grades answers with AlpacaEval, MT-Bench and IFEval. This is no claim of the "
         "paper: the answers that `orpo-lite generate` writes must be readable by these graders.",
         "A trained run answers real prompts of each grader. Each answer must be read back under "
@@ -373,6 +391,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "a small story model would get no score worth reporting.",
         formats,
         ((MAIN, "orpo-1"),),
+        "ablation_seeds",
     ),
 }
 """Name -> experiment, in the order of the page."""

@@ -49,7 +49,9 @@ def text(result: Mapping[str, Any], folder: str) -> str:
     """Return the text of the page. ``folder``: the folder of the plots, next to the page."""
     parts = [INTRO, *_summary(result["experiments"]), VERDICTS, *_common(result)]
     for name, found in result["experiments"].items():
-        parts += _section(name, found, result["trainings"], folder)
+        seeds = result["settings"][EXPERIMENTS[name].seeds]
+        trainings = [row for row in result["trainings"] if row["seed"] in seeds]
+        parts += _section(name, found, trainings, folder)
     return "\n".join(parts)
 
 
@@ -128,7 +130,7 @@ def _ends(ends: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[str]:
         return
     kinds = [*next(iter(ends.values()))]
     names = [f"{kind}: {name}" for kind in kinds for name in ("chosen", "rejected", "margin")]
-    yield f"| mean over seeds | {' | '.join(names)} |"
+    yield f"| end of the training | {' | '.join(names)} |"
     yield f"|---|{'---|' * len(names)}"
     for label, found in ends.items():
         values = [_number(value) for kind in kinds for value in found[kind]]
