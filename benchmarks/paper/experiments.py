@@ -371,8 +371,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Section 7.3",
         "A step of ORPO needs half the forward passes of a step of DPO, because ORPO has no "
         "reference model.",
-        "Rows that go through the model are counted in a step of 16 padded pairs. Times are those of "
-        "the packed step, in one process; steps of ORPO and of DPO with its reference pass "
+        "Rows that go through the model are counted in a step of 16 padded pairs. Times are those "
+        "of the packed step, in one process; steps of ORPO and of DPO with its reference pass "
         "alternate on the same pairs.",
         "orpo-lite computes the reference once, before the first step, and keeps it on disk. Then "
         "a step of DPO has as many rows as one of ORPO, and the reference costs one forward pass "
