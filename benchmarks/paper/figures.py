@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 PANELS = {
     "E1": (("chosen", "chosen"), ("rejected", "rejected"), ("margin", "chosen - rejected")),
-    "E2": (("rejected", "rejected"), ("margin", "chosen - rejected")),
+    "E2": (("chosen", "chosen"), ("rejected", "rejected"), ("margin", "chosen - rejected")),
     "E3": (("chosen", "chosen"), ("margin", "chosen - rejected")),
     "E4": (("chosen", "chosen"), ("rejected", "rejected")),
 }
