@@ -157,15 +157,19 @@ def _diversity(
 
 
 def _of_arms(task: Task, answers: Mapping[str, Rounds], embed: Embed) -> dict[str, Diversity]:
-    found = {}
-    for arm in task.arms:
-        of_runs = []
-        for run in task.runs_of(arm):
-            rounds = [
-                [row.text for row in rows if row.text is not None] for rows in answers[run.name]
+    texts = {
+        name: [[row.text for row in rows if row.text is not None] for rows in rounds]
+        for name, rounds in answers.items()
+    }
+    # Equal texts get the same embedding, because each is embedded only once.
+    unique = [*dict.fromkeys(text for rounds in texts.values() for row in rounds for text in row)]
+    vectors = dict(zip(unique, embed(unique), strict=True)) if unique else {}
+    return {
+        arm.name: mean_diversity(
+            [
+                diversity(np.array([[vectors[text] for text in row] for row in texts[run.name]]))
+                for run in task.runs_of(arm)
             ]
-            texts = [text for row in rounds for text in row]
-            vectors = embed(texts) if texts else np.zeros((0, 1))
-            of_runs.append(diversity(vectors.reshape(len(rounds), len(rounds[0]), -1)))
-        found[arm.name] = mean_diversity(of_runs)
-    return found
+        )
+        for arm in task.arms
+    }

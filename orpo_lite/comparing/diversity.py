@@ -48,7 +48,7 @@ class Diversity:
 
 def diversity(embeddings_KPD: Numbers) -> Diversity:
     """Return PID and AID of K answers to each of P prompts, given by their embeddings."""
-    answers, prompts = embeddings_KPD.shape[:2]
+    answers, prompts = embeddings_KPD.shape[:2]  # without prompts the array has no third axis
     pid = aid = None
     if answers > 1 and prompts:
         pid = float(np.mean([_mean_cosine(embeddings_KPD[:, p]) for p in range(prompts)]))

@@ -184,27 +184,27 @@ def _log_prob_charts(task: Task) -> list[Chart]:
         for arm, steps in means.items()
     }
     specs = (
-        ("chosen", "Log-probability of chosen", lambda pair: pair[0]),
-        ("rejected", "Log-probability of rejected", lambda pair: pair[1]),
-        ("margin", "Margin of the log-probabilities", lambda pair: pair[0] - pair[1]),
+        ("chosen", "Log-probability of chosen", (1, 0)),
+        ("rejected", "Log-probability of rejected", (0, 1)),
+        ("margin", "Margin of the log-probabilities", (1, -1)),
     )
     note = "Mean over the tokens of the validation replies, as in Figs 3, 7 and 9 of the paper."
-    return [
-        Chart(
-            key,
-            title,
-            note,
-            [
-                Line(
-                    arm, [*steps], [float(of(pair)) for pair in steps.values()], n, n + n // 4, True
-                )
-                for n, (arm, steps) in enumerate(curves.items())
-                if steps
-            ],
-            "high" if key == "margin" else "",
-        )
-        for key, title, of in specs
-    ]
+    charts = []
+    for key, title, factors in specs:
+        lines = [
+            Line(
+                arm,
+                [*steps],
+                [float(np.dot(factors, pair)) for pair in steps.values()],
+                n,
+                n + n // 4,
+                True,
+            )
+            for n, (arm, steps) in enumerate(curves.items())
+            if steps
+        ]
+        charts.append(Chart(key, title, note, lines, "high" if key == "margin" else ""))
+    return charts
 
 
 def _mean(values: Sequence[float | None]) -> float:

@@ -1,6 +1,5 @@
 """Put the results of a comparison together, and say which arm is best or that it is not clear."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +79,7 @@ class Comparison:
 def judge_quality(pairs: Numbers, questions: Sequence[Question]) -> Judge:
     """Return how well the judge ranks the test pairs, from its rewards of shape (pairs, 2)."""
     prompts = [n for n, question in enumerate(questions) for _ in question.pairs]
-    known = np.isfinite(pairs).all(1)
+    known = np.isfinite(pairs[:, 0] - pairs[:, 1])
     right = np.where(known, 0.5 + 0.5 * np.sign(np.nan_to_num(pairs[:, 0] - pairs[:, 1])), 0.0)
     kept = [prompt for prompt, is_known in zip(prompts, known, strict=True) if is_known]
     ones = np.ones((1, len(kept)))
@@ -235,8 +234,8 @@ def _by_length(win: WinRate) -> str:
 
 def _rounded(count: int) -> int:
     """Return a number with two significant digits, because it is only an estimate."""
-    digits = max(0, int(math.log10(count)) - 1)
-    return math.ceil(count / 10**digits) * 10**digits
+    unit = int(10 ** max(0, len(str(count)) - 2))
+    return -(-count // unit) * unit
 
 
 def _and(names: Sequence[str]) -> str:

@@ -99,15 +99,27 @@ def win_rate(one: Sampled, other: Sampled) -> WinRate:
     prompts = int(known_SRP.any((0, 1)).sum())
     if not prompts:
         unknown = Interval(None, None, None)
-        no_rates = ([math.nan] * win_SRP.shape[axis] for axis in (1, 0))
+        by_round, by_seed = ([math.nan] * win_SRP.shape[axis] for axis in (1, 0))
         return WinRate(
-            one.name, other.name, unknown, *no_rates, unknown, (0, 0), 0, "cannot tell", None
+            model=one.name,
+            against=other.name,
+            rate=unknown,
+            by_round=by_round,
+            by_seed=by_seed,
+            length_controlled=unknown,
+            tokens=(math.nan, math.nan),
+            prompts=0,
+            outcome="cannot tell",
+            prompts_needed=None,
         )
     keep_P = known_SRP.any((0, 1))
     win_SRP, known_SRP = win_SRP[..., keep_P], known_SRP[..., keep_P]
     count_P, wins_P = known_SRP.sum((0, 1)), win_SRP.sum((0, 1))
     (mean,) = mean_over_pairs(wins_P[None], count_P[None].astype(np.float64), range(prompts))
-    by_seed = [*(win_SRP.sum((1, 2)) / known_SRP.sum((1, 2)))]
+    by_seed, by_round = (
+        [float(rate) for rate in win_SRP.sum(axes) / known_SRP.sum(axes)]
+        for axes in ((1, 2), (0, 2))
+    )
     rate = _with_seeds(share_interval(mean), by_seed)
     longer_SRP = (one.tokens_SRP - other.tokens_SRP)[..., keep_P]
     at_equal_length = rate  # if one arm wins always, lengths cannot explain any win
@@ -121,16 +133,18 @@ def win_rate(one: Sampled, other: Sampled) -> WinRate:
         model=one.name,
         against=other.name,
         rate=rate,
-        by_round=[float(v) for v in win_SRP.sum((0, 2)) / known_SRP.sum((0, 2))],
-        by_seed=[float(v) for v in by_seed],
+        by_round=by_round,
+        by_seed=by_seed,
         length_controlled=at_equal_length,
-        tokens=tuple(  # type: ignore[arg-type]
-            float(arm.tokens_SRP[..., keep_P][known_SRP].mean()) for arm in (one, other)
-        ),
+        tokens=(_mean_tokens(one), _mean_tokens(other)),
         prompts=prompts,
         outcome=outcome,
         prompts_needed=pairs_needed(from_half, prompts) if outcome == "cannot tell" else None,
     )
+
+
+def _mean_tokens(arm: Sampled) -> float:
+    return float(arm.tokens_SRP[np.isfinite(arm.rewards_SRP)].mean())
 
 
 def _with_seeds(found: Interval, by_seed: Sequence[float]) -> Interval:
