@@ -7,7 +7,7 @@ from orpo_lite.comparing.task import Run
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.lock import read_recipe
-from orpo_lite.runs.records import readable_metrics
+from orpo_lite.runs.records import read_json, readable_metrics
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def cost_of(runs: Sequence[Run], before: Sequence[Run]) -> Cost:
         recipe = read_recipe(run.path)
         rows = [row for row in readable_metrics(run.path)[0] if row.get("tokens_per_second")]
         steps.append(rows[-1]["step"] if rows else 0)
-        pairs.append(steps[-1] * recipe.training.global_batch_size)
+        train_pairs = read_json(run.path / "data.json", {"train_pairs": int})["train_pairs"]
+        pairs.append(_pairs_in(steps[-1], train_pairs, recipe.training.global_batch_size))
         seconds.append(_seconds(rows))
         memory.append(max((row["memory_gib"] for row in rows), default=0.0))
     recipe = read_recipe(runs[0].path)
@@ -63,6 +64,12 @@ def cost_of(runs: Sequence[Run], before: Sequence[Run]) -> Cost:
         learning_rate=recipe.training.learning_rate,
         before_seconds=_mean(earlier) if earlier else 0.0,
     )
+
+
+def _pairs_in(steps: int, pairs: int, batch: int) -> int:
+    """Return the number of pairs in the first steps. The last step of an epoch may have fewer."""
+    epochs, rest = divmod(steps, -(-pairs // batch))
+    return epochs * pairs + rest * batch
 
 
 def _seconds(rows: Sequence[dict[str, float]]) -> float:
