@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orpo_lite.base.find import find_text_files, load_tokenizer
+from orpo_lite.data.dataset import TOO_LONG, PromptTokenizer
 from orpo_lite.data.pair import Message, Pair
 from orpo_lite.data.pairs import PairReader
 from orpo_lite.data.prepare import find_sources
@@ -59,8 +61,10 @@ def read_parts(
     """
     yield from request_updates(recipe.data.names)
     train_sources, test_sources = find_sources(recipe.data)
-    train = yield from _read(recipe.data, train_sources)
-    held_out = (yield from _read(recipe.data, test_sources)) if test_sources else []
+    folder, _ = find_text_files(recipe.model.model_name_or_path, recipe.model.model_revision)
+    with PromptTokenizer(recipe.data, load_tokenizer(folder)) as tokenizer:
+        train = yield from _read(tokenizer, train_sources)
+        held_out = (yield from _read(tokenizer, test_sources)) if test_sources else []
     return divide(train, held_out, prompts, recipe.training.seed)
 
 
@@ -73,18 +77,28 @@ def write_parts(parts: Mapping[str, Sequence[Pair]], folder: Path, data: DataSec
             (temporary / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def _read(data: DataSection, sources: Sequence[Source]) -> Generator[Update, None, list[Pair]]:
+def _read(
+    tokenizer: PromptTokenizer, sources: Sequence[Source]
+) -> Generator[Update, None, list[Pair]]:
+    """Return the pairs on which a training with these settings would train."""
     stage = f"reading {', '.join(source.name for source in sources)}"
     yield Update("stage", stage)
-    pairs: list[Pair] = []
-    reader = PairReader(data, sources)
-    for pair in reader:
-        pairs.append(pair)
-        if len(pairs) % 1000 == 0:
+    kept: list[Pair] = []
+    reader = PairReader(tokenizer.data, sources)
+    for number, (pair, tokens) in enumerate(tokenizer.pairs(reader)):
+        if isinstance(tokens, str):
+            reader.drops.add(tokens, pair.where)
+        else:
+            kept.append(pair)
+        if number % 1000 == 0:
             yield Update("stage", stage, reader.read)
-    for reason, count in reader.drops.counts.items():
-        yield Update("note", f"left out: {count:,} {reason}")
-    return pairs
+    drops = reader.drops
+    if not kept:
+        fix = "raise data.max_length and data.max_prompt_length"
+        drops.raise_nothing_left("data", dict.fromkeys(TOO_LONG, fix))
+    for reason, count in drops.counts.items():
+        yield Update("note", f"left out: {count:,} {reason} (first {drops.places[reason][0]})")
+    return kept
 
 
 def divide(

@@ -18,7 +18,7 @@ from orpo_lite.data.pair import Pair
 from orpo_lite.data.pairs import PairReader
 from orpo_lite.data.prepare import find_sources
 from orpo_lite.data.split import prompt_key
-from orpo_lite.errors import CheckpointError, OrpoLiteError, RecipeError
+from orpo_lite.errors import ModelError, RecipeError
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.updates import Update
@@ -156,7 +156,8 @@ def test_the_parts_are_disjoint_and_read_as_the_recipe_reads_them(tmp_path: Path
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain), "utf-8")
     for name, template in (("p", "auto"), ("q", "none")):
         recipe = load_recipe(
-            "demo", [f"data.dataset_name={tmp_path}/{name}.jsonl", f"data.chat_template={template}"]
+            "./small.yaml",
+            [f"data.dataset_name={tmp_path}/{name}.jsonl", f"data.chat_template={template}"],
         )
         parts = finish(split.read_parts(recipe, None))
         split.write_parts(parts, tmp_path / name, recipe.data)
@@ -188,6 +189,11 @@ def test_too_few_prompts_are_refused_and_nothing_is_written(call: Callable[..., 
     assert code == 3
     assert "40 different prompts, too few for 30" in complaint
     assert "fix: --prompts 5" in complaint
+    assert not Path("few").exists()
+    short = ["data.max_length=16", "data.max_prompt_length=12"]
+    code, _, complaint = call(*COMMAND, *short, "--out", "few")
+    assert code == 3
+    assert "fix: raise data.max_length and data.max_prompt_length" in complaint
     assert not Path("few").exists()
 
 
@@ -245,7 +251,18 @@ def test_an_arm_that_this_version_cannot_train_is_refused(
 
 
 def test_a_training_that_fails_names_its_arm(tmp_path: Path) -> None:
-    settings = [*ARGUMENTS["settings"], "data.max_length=16", "data.max_prompt_length=12"]
-    with pytest.raises(OrpoLiteError, match="judge: ") as failed:
-        list(compare_events("./small.yaml", settings, arms="sft,orpo", out=tmp_path / "long"))
-    assert not isinstance(failed.value, CheckpointError)
+    settings = [*ARGUMENTS["settings"], "judge:lora.target_modules=nothing"]
+    with pytest.raises(ModelError, match="judge: command line: lora"):
+        list(compare_events("./small.yaml", settings, arms="sft,orpo", out=tmp_path / "wrong"))
+
+
+@pytest.mark.long
+def test_the_demo_ends_in_a_report(
+    call: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, printed, complaint = call("compare", "--recipe", "demo")
+    assert code == 0, complaint
+    assert "the judge ranks 100.0%" in printed
+    assert printed.splitlines()[-1].startswith("wrote runs/demo-compare/compare.html")
+    assert len(table(tmp_path / "runs" / "demo-compare")["wins"]) == 6
