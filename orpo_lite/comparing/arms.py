@@ -30,7 +30,8 @@ class Arm:
     """``loss.KEY`` -> the value that suits this loss."""
 
 
-# An objective that is added to loss.type needs one line here to become an arm.
+# An objective that is added to loss.type needs one line here to become an arm. If it reads another
+# run, such as a reward model, Task.runs and Task.run_recipe (task.py) add that run.
 ARMS = {
     arm.name: arm
     for arm in (

@@ -12,7 +12,7 @@ from orpo_lite.comparing.cost import Cost
 from orpo_lite.comparing.diversity import Diversity
 from orpo_lite.comparing.split import Question
 from orpo_lite.comparing.task import Task
-from orpo_lite.comparing.win_rates import Sampled, WinRate, win_rate
+from orpo_lite.comparing.win_rates import FEWEST_SEEDS, Sampled, WinRate, mean_tokens, win_rate
 from orpo_lite.evaluation.intervals import Interval, mean_over_pairs, share_interval
 
 
@@ -127,9 +127,7 @@ def make_comparison(
         ArmRow(
             name,
             _mean_reward(arm),
-            float(arm.tokens_SRP[np.isfinite(arm.rewards_SRP)].mean())
-            if arm.rewards_SRP.size
-            else 0,
+            mean_tokens(arm),
             cut,
             found[1][name],
             costs[name],
@@ -198,6 +196,8 @@ def decide(
         first = f"{winner} is best: the judge clearly prefers its answers to those of "
         first += f"{'the other arm' if len(names) == 2 else 'every other arm'}"
         unclear = []
+        if len(wins[0].by_seed) < FEWEST_SEEDS:
+            first += "; the intervals do not cover other seeds of the trainings (--seeds 3 does)"
     else:
         # Only the pairs that keep one of the best arms from winning are of interest.
         most = max(len(found) for found in beaten.values())

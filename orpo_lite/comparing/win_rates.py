@@ -99,15 +99,14 @@ def win_rate(one: Sampled, other: Sampled) -> WinRate:
     prompts = int(known_SRP.any((0, 1)).sum())
     if not prompts:
         unknown = Interval(None, None, None)
-        by_round, by_seed = ([math.nan] * win_SRP.shape[axis] for axis in (1, 0))
         return WinRate(
             model=one.name,
             against=other.name,
             rate=unknown,
-            by_round=by_round,
-            by_seed=by_seed,
+            by_round=[],
+            by_seed=[],
             length_controlled=unknown,
-            tokens=(math.nan, math.nan),
+            tokens=(mean_tokens(one), mean_tokens(other)),
             prompts=0,
             outcome="cannot tell",
             prompts_needed=None,
@@ -117,7 +116,7 @@ def win_rate(one: Sampled, other: Sampled) -> WinRate:
     count_P, wins_P = known_SRP.sum((0, 1)), win_SRP.sum((0, 1))
     (mean,) = mean_over_pairs(wins_P[None], count_P[None].astype(np.float64), range(prompts))
     by_seed, by_round = (
-        [float(rate) for rate in win_SRP.sum(axes) / known_SRP.sum(axes)]
+        [float(w / c) for w, c in zip(win_SRP.sum(axes), known_SRP.sum(axes), strict=True) if c]
         for axes in ((1, 2), (0, 2))
     )
     rate = _with_seeds(share_interval(mean), by_seed)
@@ -136,15 +135,17 @@ def win_rate(one: Sampled, other: Sampled) -> WinRate:
         by_round=by_round,
         by_seed=by_seed,
         length_controlled=at_equal_length,
-        tokens=(_mean_tokens(one), _mean_tokens(other)),
+        tokens=(mean_tokens(one), mean_tokens(other)),
         prompts=prompts,
         outcome=outcome,
         prompts_needed=pairs_needed(from_half, prompts) if outcome == "cannot tell" else None,
     )
 
 
-def _mean_tokens(arm: Sampled) -> float:
-    return float(arm.tokens_SRP[np.isfinite(arm.rewards_SRP)].mean())
+def mean_tokens(arm: Sampled) -> float:
+    """Return the mean length of an arm's answers that have a reward; 0 if there are none."""
+    tokens_A = arm.tokens_SRP[np.isfinite(arm.rewards_SRP)]
+    return float(tokens_A.mean()) if len(tokens_A) else 0.0
 
 
 def _with_seeds(found: Interval, by_seed: Sequence[float]) -> Interval:

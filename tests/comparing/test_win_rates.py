@@ -5,7 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from orpo_lite.comparing.diversity import Diversity, diversity
+from orpo_lite.comparing.diversity import (
+    Diversity,
+    diversity,
+    load_sentence_model,
+    sentence_model,
+)
 from orpo_lite.comparing.table import Judge, decide
 from orpo_lite.comparing.win_rates import Sampled, WinRate, win_rate
 from orpo_lite.evaluation.intervals import Interval
@@ -151,3 +156,14 @@ def test_equal_answers_have_similarity_1_and_orthogonal_ones_0_exactly() -> None
     alike = np.repeat(np.eye(3)[None], 4, 0)  # four equal answers to each of three unlike prompts
     assert diversity(alike) == Diversity(1.0, 0.0)
     assert diversity(alike[:1]) == Diversity(None, 0.0)
+
+
+def test_the_sentence_model_knows_which_sentences_are_alike() -> None:
+    folder = sentence_model()
+    if folder is None:
+        pytest.skip("the extra sentences is not installed")
+    embed = load_sentence_model(folder)
+    texts = ("A dog runs in the park.", "A puppy is running outdoors.", "Rates rose again.")
+    dog, puppy, rates = embed(texts)
+    alike, unlike = (diversity(np.stack([dog, other])[:, None]).pid for other in (puppy, rates))
+    assert (alike or 0) > 0.5 > 0.2 > (unlike or 1)
