@@ -170,6 +170,22 @@ def test_the_parts_are_disjoint_and_read_as_the_recipe_reads_them(tmp_path: Path
         assert all(prompts)
 
 
+def test_a_held_out_dataset_is_answered_and_its_prompts_are_never_trained_on(
+    tmp_path: Path,
+) -> None:
+    for name, first in (("train", 0), ("test", 20)):  # prompts 20 to 39 are in both
+        rows = [{"prompt": f"Q {n}?", "chosen": f"{name} yes", "rejected": "no"} for n in range(first, first + 40)]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"data.dataset_name={tmp_path}/train.jsonl", f"data.dataset_test_split={tmp_path}/test.jsonl"]  # fmt: skip
+    parts = finish(split.read_parts(load_recipe("./small.yaml", settings), 30))
+    asked = {part: {pair.messages[0]["content"] for pair in pairs} for part, pairs in parts.items()}
+    assert {pair.chosen for pair in (*parts["test"], *parts["validation"])} == {"test yes"}
+    assert len(asked["test"]) == 30
+    assert asked["test"] | asked["validation"] == {f"Q {n}?" for n in range(20, 60)}
+    assert asked["arms"] | asked["judge"] == {f"Q {n}?" for n in range(20)}
+    assert len(parts["arms"]) == len(parts["judge"]) == 10
+
+
 def as_read(pair: Pair) -> str:
     """What a training reads of a pair. The prompt's plain text matters only without a template."""
     plain = pair.prompt_text if str(pair.prompt_text).startswith("Q:") else None

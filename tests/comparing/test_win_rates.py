@@ -66,6 +66,7 @@ def test_a_better_model_wins_as_often_as_it_should_and_the_other_loses_as_often(
     truth = 0.5 * (1 + math.erf(1 / math.sqrt(2) / math.sqrt(2)))  # P(N(1, sqrt 2) > 0)
     found, back = win_rate(one, other), win_rate(other, one)
     assert contains(found.rate, truth)
+    assert contains(found.length_controlled, truth)  # the lengths have no effect
     assert found.outcome == "better"
     assert back.outcome == "worse"
     assert found.rate.value == pytest.approx(1 - back.rate.value, abs=1e-12)
@@ -150,8 +151,9 @@ def test_a_judge_no_better_than_chance_decides_nothing() -> None:
 
 
 def test_equal_answers_have_similarity_1_and_orthogonal_ones_0_exactly() -> None:
-    vector = np.random.default_rng(0).normal(size=384)
-    assert diversity(np.tile(vector, (3, 5, 1))) == Diversity(1.0, 1.0)
+    for seed in range(20):
+        vector = np.random.default_rng(seed).normal(size=384 + seed)
+        assert diversity(np.tile(vector, (3, 5, 1))) == Diversity(1.0, 1.0)
     assert diversity(np.eye(6).reshape(2, 3, 6)) == Diversity(0.0, 0.0)
     alike = np.repeat(np.eye(3)[None], 4, 0)  # four equal answers to each of three unlike prompts
     assert diversity(alike) == Diversity(1.0, 0.0)
