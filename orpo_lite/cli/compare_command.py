@@ -108,7 +108,17 @@ def _print_result(result: "Comparison") -> None:
         rows.append((name, *shares, win.outcome))
     print_columns(rows)
     out.print()
-    columns = ("mean win rate", "mean reward", "tokens", "PID", "AID", "passes", "steps", "seconds")
+    columns = (
+        "mean win rate",
+        "mean reward",
+        "tokens",
+        "PID",
+        "AID",
+        "passes",
+        "steps",
+        "kept",
+        "seconds",
+    )
     rows = [("arm", *columns, "GiB")]
     for row in result.arms:
         rate, cost = mean_win_rate(row.name, result.wins), row.cost
@@ -125,6 +135,7 @@ def _print_result(result: "Comparison") -> None:
                 aid,
                 passes(row),
                 f"{cost.steps:,.0f}",
+                f"{cost.kept_step:,.0f}",
                 f"{cost.seconds:,.1f}{after}",
                 f"{cost.memory_gib:.2f}",
             )

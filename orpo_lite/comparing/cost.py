@@ -7,7 +7,7 @@ from orpo_lite.comparing.task import Run
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.lock import read_recipe
-from orpo_lite.runs.records import read_json, readable_metrics
+from orpo_lite.runs.records import RESULT, read_json, readable_metrics
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Cost:
     reference_sequences: int
     """Sequences of a pair that go forward through the reference model, once before the training."""
     steps: float
+    kept_step: float
+    """The step whose adapter was kept. 0: no step was better than the start."""
     pairs: float
     """Number of pairs in all steps. A pair of a later epoch is counted again."""
     seconds: float
@@ -41,11 +43,12 @@ def sequences_of(recipe: Recipe) -> tuple[int, int]:
 
 def cost_of(runs: Sequence[Run], before: Sequence[Run]) -> Cost:
     """Return the cost of the runs of an arm. ``before``: the runs that they start from."""
-    steps, pairs, seconds, memory = [], [], [], []
+    steps, kept, pairs, seconds, memory = [], [], [], [], []
     for run in runs:
         recipe = read_recipe(run.path)
         rows = [row for row in readable_metrics(run.path)[0] if row.get("tokens_per_second")]
         steps.append(rows[-1]["step"] if rows else 0)
+        kept.append(read_json(run.path / RESULT, {"kept_step": int})["kept_step"])
         train_pairs = read_json(run.path / "data.json", {"train_pairs": int})["train_pairs"]
         pairs.append(_pairs_in(steps[-1], train_pairs, recipe.training.global_batch_size))
         seconds.append(_seconds(rows))
@@ -57,6 +60,7 @@ def cost_of(runs: Sequence[Run], before: Sequence[Run]) -> Cost:
         trained_sequences=trained,
         reference_sequences=reference,
         steps=_mean(steps),
+        kept_step=_mean(kept),
         pairs=_mean(pairs),
         seconds=_mean(seconds),
         memory_gib=max(memory),

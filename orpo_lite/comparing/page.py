@@ -163,6 +163,7 @@ def _cost_row(row: ArmRow, result: Comparison) -> dict[str, Any]:
         "rate": "–" if rate is None else f"{rate:.1%}",
         "passes": passes(row),
         "steps": f"{cost.steps:,.0f}",
+        "kept": f"{cost.kept_step:,.0f}",
         "sequences": f"{cost.pairs * cost.trained_sequences:,.0f}",
         "seconds": seconds,
         "memory": f"{cost.memory_gib:.2f}",
