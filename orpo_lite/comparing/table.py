@@ -1,7 +1,7 @@
 """Put the results of a comparison together, and say which arm is best or that it is not clear."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,8 @@ def make_comparison(
         for against in names[:place]
     ]
     judge = judge_quality(judged.pairs, questions)
+    if not judge.is_trusted:
+        wins = [replace(win, outcome="cannot tell", prompts_needed=None) for win in wins]
     winner, verdict = decide(names, wins, judge)
     return Comparison(
         folder=task.folder,

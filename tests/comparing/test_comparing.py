@@ -89,6 +89,9 @@ def test_a_comparison_has_a_table_a_report_and_ordinary_runs(
     rate = json.loads((path / "result.json").read_text("utf-8"))["wins"][0]["rate"]["value"]
     assert f"dpo against sft  {100 * rate:.1f}" in printed
     assert printed.splitlines()[-1] == "wrote run-compare/compare.html; open it in a browser"
+    found = table(path)  # five test pairs are too few to trust a judge
+    assert (found["judge"]["is_trusted"], found["winner"]) == (False, None)
+    assert {win["outcome"] for win in found["wins"]} == {"cannot tell"}
     page = (path / "compare.html").read_text("utf-8")
     shown = re.sub(r"<[^>]+>", "", page)
     assert f"{rate:.1%}" in shown
