@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from orpo_lite.comparing.split import Question
 from orpo_lite.comparing.task import Run, Task
+from orpo_lite.data.dataset import PromptTokenizer
 from orpo_lite.data.formats.text import LONE_SURROGATE
 from orpo_lite.data.pair import Pair, TokenizedPair
 from orpo_lite.evaluation.open_run import find_model, load_model
@@ -71,6 +72,8 @@ def sample_all(
             found = tokenizer.ids([question.messages for question in questions])
             prompts, reasons = _possible(found, answerer, opened.recipe.data.prompt_limit)
             if number == 0:
+                if answerer.note:
+                    yield Update("note", answerer.note)
                 for reason, count in reasons.items():
                     yield Update("note", f"prompts without answers: {count} ({reason})")
             for round_ in missing:
@@ -152,7 +155,7 @@ def judge_all(
             for number, name in enumerate(missing):
                 rows = wanted[name]
                 flat = [pair for pairs in rows for pair in pairs if pair is not None]
-                tokens = _reply_tokens(tokenizer, flat)
+                tokens = reply_tokens(tokenizer, flat)
                 known = [found for found in tokens if found is not None]
                 scores = (
                     yield from score_pairs(opened.model, known, opened.recipe, "judging answers")
@@ -178,17 +181,18 @@ def _pair(question: Question, text: str | None) -> Pair | None:
     return Pair(question.messages, text, "", "answer", question.prompt_text)
 
 
-def _reply_tokens(tokenizer: Any, pairs: Sequence[Pair]) -> list[TokenizedPair | None]:
+def reply_tokens(tokenizer: PromptTokenizer, pairs: Sequence[Pair]) -> list[TokenizedPair | None]:
     """Return the tokens of the chosen reply of each pair, without a rejected sequence.
 
     None: the reply cannot be tokenized. An empty reply is tokenized as the rejected one, because
     two equal replies are refused.
     """
     found: list[TokenizedPair | None] = [None] * len(pairs)
+    texts = [(pair.chosen, *(turn["content"] for turn in pair.messages)) for pair in pairs]
     whole = [
         (place, pair)
         for place, pair in enumerate(pairs)
-        if not LONE_SURROGATE.search(pair.chosen + (pair.prompt_text or ""))
+        if not LONE_SURROGATE.search("".join(texts[place]))
     ]
     given = [replace(pair, chosen=pair.chosen or ".") for _, pair in whole]
     for (place, pair), (_, tokens) in zip(whole, tokenizer.pairs(given), strict=True):

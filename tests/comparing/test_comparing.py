@@ -10,10 +10,13 @@ import pytest
 import torch
 from conftest import SMALL, Answer, write_base, write_pairs
 
+from orpo_lite.base.find import load_tokenizer
 from orpo_lite.comparing import split
+from orpo_lite.comparing.answers import reply_tokens
 from orpo_lite.comparing.arms import ARMS, arm_recipe, choose_arms, read_words
 from orpo_lite.comparing.compare import compare_events
 from orpo_lite.comparing.cost import sequences_of
+from orpo_lite.data.dataset import PromptTokenizer
 from orpo_lite.data.pair import Pair
 from orpo_lite.data.pairs import PairReader
 from orpo_lite.data.prepare import find_sources
@@ -214,6 +217,20 @@ def test_too_few_prompts_are_refused_and_nothing_is_written(call: Callable[..., 
     assert code == 3
     assert "fix: raise data.max_length and data.max_prompt_length" in complaint
     assert not Path("few").exists()
+
+
+def test_an_empty_answer_is_scored_like_any_other() -> None:
+    recipe, tokenizer = load_recipe("./small.yaml"), load_tokenizer(Path("base"))
+    asked = ({"role": "user", "content": "How?"},)
+    replies = ("So.", "", "\ud800")
+    with PromptTokenizer(recipe.data, tokenizer) as prompts:
+        found = reply_tokens(prompts, [Pair(asked, reply, "", "") for reply in replies])
+        (prompt,) = prompts.ids([asked])
+    assert found[2] is None
+    texts = [tokenizer.decode(one.chosen_ids[len(prompt) :]) for one in found[:2] if one]
+    assert texts == ["So.</s>", "</s>"]
+    assert [list(one.chosen_ids[: one.chosen_start]) for one in found[:2] if one] == [prompt] * 2
+    assert not any(one.rejected_ids for one in found[:2] if one)
 
 
 # --- arms and their settings
