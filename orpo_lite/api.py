@@ -29,6 +29,7 @@ from orpo_lite.model.generate import Decoding
 from orpo_lite.model.load import choose_dtype
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.quantize import skipped_modules
+from orpo_lite.model.score_head import refuse_classifier
 from orpo_lite.objectives.objective import Objective, find_objective
 from orpo_lite.ops.devices import device_kind, dtype_name
 from orpo_lite.planning.choose import PLAN, choose_memory
@@ -120,6 +121,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     if resume:
         resolved = with_pinned_base(resolved, read_lock(path))
     inputs = yield from prepare_inputs(resolved)
+    refuse_classifier(inputs.base)
     refuse_slow_device(processes.device, recipe.model.device, inputs.base.name, inputs.base.config)
     if resume:
         refuse_fewer_steps(resolved, inputs, path)

@@ -17,11 +17,16 @@ from orpo_lite.recipe.text import to_text
 from orpo_lite.recipe.values import has_form_of_path
 
 INITIAL, REFERENCE = "model.adapter_name_or_path", "loss.reference_adapter_name_or_path"
+REWARD = "loss.reward_adapter_name_or_path"
 
 
 def named_adapters(recipe: Recipe) -> dict[str, str]:
     """Return the adapters that a training reads: key that names an adapter -> its name."""
-    names = {INITIAL: recipe.model.adapter_name_or_path, REFERENCE: recipe.loss.reference_adapter}
+    names = {
+        INITIAL: recipe.model.adapter_name_or_path,
+        REFERENCE: recipe.loss.reference_adapter,
+        REWARD: recipe.loss.reward_adapter_name_or_path,
+    }
     return {key: name for key, name in names.items() if name}
 
 
@@ -98,6 +103,18 @@ def note_on_base(folder: Path, base: str, key: str) -> Iterator[str]:
             f"{key}: according to its configuration, the adapter was trained on {trained_on}, "
             f"but the base is {base}; an adapter is useless on another base"
         )
+
+
+def reference_folder(recipe: Recipe) -> Path | None:
+    """Return the folder of the reference model's adapter; None if the base alone is the reference.
+
+    By default the reference is the model before the first step: the adapter that the training
+    starts from, or the base.
+    """
+    loss = recipe.loss
+    is_named = loss.reference_adapter_name_or_path is not None
+    name = loss.reference_adapter if is_named else recipe.model.adapter_name_or_path
+    return find_adapter(name) if name else None
 
 
 def base_of_adapter(folder: Path) -> str | None:

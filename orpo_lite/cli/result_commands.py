@@ -102,9 +102,9 @@ def score(
         except KeyboardInterrupt:
             err.print("stopped; run the same command again to continue")
             raise typer.Exit(STOPPED) from None
-    mean = "" if result.mean is None else f", mean reward {result.mean:+.3f}"
     noun = "reply" if result.replies == 1 else "replies"
-    out.print(f"{result.replies:,} {noun} scored{mean}: {result.file}")
+    mean = f"mean reward {result.mean:+.3f}"
+    out.print(f"{result.replies:,} {noun} scored, {mean}: {result.file}")
     if result.accuracy is not None:
         out.print(
             f"the chosen reply has the higher reward in {result.accuracy:.1%} of "

@@ -149,7 +149,7 @@ def recipes_ls() -> None:
                 name,
                 recipe.model.model_name_or_path,
                 recipe.loss.type,
-                f"{recipe.loss.beta:g}",
+                "" if recipe.loss.type in ("sft", "reward") else f"{recipe.loss.beta:g}",
                 sizes.get(name, "?"),
                 headline,
             )

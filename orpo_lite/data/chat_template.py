@@ -71,6 +71,8 @@ class Template:
 
     named_tokens: list[str] = field(default_factory=list)
     """The special tokens that the tokenizer names: bos, eos, pad, unk."""
+    keeps_tail: bool = False
+    """True: keep the text that the template writes after the token that ends a reply."""
 
     @cached_property
     def layouts(self) -> dict[tuple[str, ...], Layout | None]:
@@ -139,10 +141,8 @@ class Layout(NamedTuple):
     moves_system: bool = False
     """True if the system text must be put in front of the next user turn's text."""
     tails: tuple[str, str] | None = None
-    """The texts after the last turn: with a generation prompt, and before a reply.
-
-    None if the template writes the turns in the same way in both cases.
-    """
+    """The texts after the last turn: with a generation prompt, and before a reply. None if the
+    template writes the turns in the same way in both cases."""
 
 
 Rendered = PairTexts | str | OrpoLiteError
@@ -289,7 +289,7 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
     if end and (reason := special_in(contents, re.compile(re.escape(end.group())))):
         return reason
     # The model does not have to learn the text after the end token.
-    tail = after[: end.end()] if end else ""
+    tail = after if template.keeps_tail else after[: end.end() if end else 0]
     rendered = []
     for reply in replies:
         text = render([*turns, _reply(reply)], template, pair.where)

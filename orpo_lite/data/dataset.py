@@ -358,6 +358,19 @@ class PromptTokenizer(AbstractContextManager["PromptTokenizer"]):
         return {**turn, "content": self.template.special.sub("", turn["content"])}
 
 
+def whole_text(tokenizer: PromptTokenizer) -> str:
+    """Return the text of a short conversation as the template writes it, to its very end.
+
+    Other texts are cut after the token that ends a reply.
+    """
+    pair = Pair(({"role": "user", "content": "Is it?"},), "Yes.", "No.", "a question")
+    template = replace(tokenizer.template, keeps_tail=True)
+    with _renderer(template) as renderer:
+        renderer.send([pair])
+        (texts,) = renderer.receive()
+    return texts.prompt + texts.chosen if isinstance(texts, PairTexts) else ""
+
+
 def _renderer(template: Template) -> Renderer:
     """Return a renderer. A Jinja template is untrusted, so it is rendered in another process."""
     return Renderer(template) if template.text is None else LimitedRenderer(template)

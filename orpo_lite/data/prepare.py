@@ -126,3 +126,16 @@ def pair_lengths(pairs: TokenizedPairs) -> NDArray[np.int64]:
     """Return token counts of shape (pairs, 3): common prefix, chosen and rejected sequence."""
     columns = (pairs.column(name) for name in ("prefix", "chosen_tokens", "rejected_tokens"))
     return np.stack([column.astype(np.int64) for column in columns], 1)
+
+
+def step_lengths(recipe: Recipe, pairs: TokenizedPairs) -> NDArray[np.int64]:
+    """Return the token counts of the longest sequences that a step may have for each pair.
+
+    They are those of :func:`pair_lengths`, except for PPO: a sequence has a prompt and a sampled
+    answer, and there is no rejected sequence.
+    """
+    if recipe.loss.type != "ppo":
+        return pair_lengths(pairs)
+    prompts = pairs.column("chosen_start").astype(np.int64)
+    zeros = np.zeros_like(prompts)
+    return np.stack([zeros, prompts + recipe.loss.response_length, zeros], 1)

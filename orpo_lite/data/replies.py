@@ -8,12 +8,12 @@ a reply. All other rows are read as preference pairs, as in a training.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from orpo_lite.data.formats.messages import ANSWER_KEYS, normalize
 from orpo_lite.data.formats.names import plain_name
 from orpo_lite.data.formats.values import is_blank
-from orpo_lite.data.pair import Message, Pair, Row
+from orpo_lite.data.pair import Message, Row
 from orpo_lite.data.pairs import Drops, PairReader
 from orpo_lite.data.sources.source import Source
 from orpo_lite.errors import DataError, raise_all
@@ -24,7 +24,7 @@ REPLIES = ("response", "output", "completion", "answer", "reply", "generation")
 LISTS = tuple(f"{name}s" if name != "reply" else "replies" for name in REPLIES)
 CONVERSATIONS = ("messages", "conversation", "conversations")
 PAIR = ("chosen", "rejected")
-NO_PROMPT, NO_REPLY = "empty prompt", "empty reply"
+COLUMNS = "a prompt with a response, with a list of responses, or with chosen and rejected"
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,12 @@ class Replies:
     prompt_text: str | None
     """The prompt as one plain text, for data.chat_template=none."""
     texts: tuple[str, ...]
-    """The replies. Of a pair: chosen, rejected."""
+    """The replies. Of a pair: chosen, rejected. "" for a reply that is no text."""
     row: Mapping[str, Any]
     """The columns to write in front of the rewards."""
-    name: str
-    """The name of the rewards' column: reward, rewards, or pair for a pair."""
+    kind: Literal["one", "list", "pair"]
     reason: str = ""
-    """Why the replies cannot be scored, if the reader of the row found a reason."""
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """The replies as pairs: a pair as it is, and each other reply with an empty other one."""
-        if self.name == "pair":
-            chosen, rejected = self.texts
-            return [Pair(self.messages, chosen, rejected, self.where, self.prompt_text)]
-        return [Pair(self.messages, text, "", self.where, self.prompt_text) for text in self.texts]
+    """Why no reply of the row can be scored; "" if the reader of the row found no reason."""
 
 
 def read_replies(data: DataSection, sources: Sequence[Source], drops: Drops) -> Iterator[Replies]:
@@ -68,11 +59,11 @@ def read_replies(data: DataSection, sources: Sequence[Source], drops: Drops) -> 
     """
     for source in sources:
         first = next(iter(source.rows([])), None)
-        is_pair = data.format != "auto" or data.columns or first is None or not _kind(first[1])
+        is_pair = data.format != "auto" or data.columns or first is None or not _column(first[1])
         yield from _pairs(data, source, drops) if is_pair else _rows(data, source)
 
 
-def _kind(row: Row) -> str:
+def _column(row: Row) -> str:
     """Return the column with the replies of a row; "" if the row has none, or has a pair."""
     names = {plain_name(name): name for name in row}
     if all(name in names for name in PAIR):
@@ -85,7 +76,14 @@ def _kind(row: Row) -> str:
 def _pairs(data: DataSection, source: Source, drops: Drops) -> Iterator[Replies]:
     reader = PairReader(data, [source])
     reader.drops = drops
-    for pair in reader:
+    pairs = iter(reader)
+    while True:
+        try:
+            pair = next(pairs, None)
+        except DataError as fault:
+            raise fault if reader.read else _unknown(source, fault) from None
+        if pair is None:
+            return
         replies = {
             name: [{"role": "assistant", "content": text}]
             for name, text in zip(PAIR, (pair.chosen, pair.rejected), strict=True)
@@ -93,6 +91,16 @@ def _pairs(data: DataSection, source: Source, drops: Drops) -> Iterator[Replies]
         row = {"where": pair.where, "prompt": [*pair.messages], **replies}
         texts = (pair.chosen, pair.rejected)
         yield Replies(pair.where, pair.messages, pair.prompt_text, texts, row, "pair")
+
+
+def _unknown(source: Source, fault: DataError) -> DataError:
+    """Return an error about a dataset that has no replies to score. ``fault``: why no pairs."""
+    return DataError(
+        where=source.name,
+        found=f"has no replies that can be scored ({fault.found})",
+        expected=f"rows with {COLUMNS}",
+        fix="rename the columns of the data",
+    )
 
 
 def _rows(data: DataSection, source: Source) -> Iterator[Replies]:
@@ -103,37 +111,41 @@ def _rows(data: DataSection, source: Source) -> Iterator[Replies]:
 
 
 def _read_row(row: Row, where: str) -> Replies:
-    """Return the replies of a row. If the row lacks a text, the result has the reason."""
-    column = _kind(row)
-    name = plain_name(column)
-    if name in CONVERSATIONS:
-        turns = _messages(row[column])
-        if not turns or turns[-1]["role"] != "assistant":
-            return Replies(where, (), None, (), row, "reward", "the last turn is not a reply")
-        return _checked(where, turns[:-1], [turns[-1]["content"]], row, "reward")
+    """Return the replies of a row. If the row has none, the result has the reason."""
+    column = _column(row)
+    if not column:
+        return Replies(where, (), None, (), row, "one", "no column with a reply")
     names = {plain_name(key): key for key in row}
-    prompt = row[next(names[key] for key in PROMPTS if key in names)] if column else None
+    if plain_name(column) in CONVERSATIONS:
+        *turns, last = _messages(row[column]) or [{"role": "", "content": ""}]
+        reason = "" if last["role"] == "assistant" else "the last turn is not a reply"
+        return _checked(where, turns, [last["content"]], row, "one", reason)
+    prompt = row[next(names[key] for key in PROMPTS if key in names)]
     extra = row.get(names.get("input", ""))
     if isinstance(prompt, str) and isinstance(extra, str) and extra.strip():
         prompt = f"{prompt}\n\n{extra}"  # Alpaca: the text that the instruction refers to
-    value = row.get(column)
-    values = value if name in LISTS and isinstance(value, list) else [value]
-    return _checked(
-        where, _messages(prompt), [_text(one) for one in values], row,
-        "rewards" if name in LISTS else "reward",
-    )  # fmt: skip
+    value = row[column]
+    is_list = isinstance(value, list) and (plain_name(column) in LISTS or _are_texts(value))
+    texts = [_text(one) for one in (value if is_list else [value])]
+    return _checked(where, _messages(prompt), texts, row, "list" if is_list else "one")
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _checked(
-    where: str, turns: Sequence[Message], texts: Sequence[str], row: Row, name: str
+    where: str,
+    turns: Sequence[Message],
+    texts: Sequence[str],
+    row: Row,
+    kind: Literal["one", "list"],
+    reason: str = "",
 ) -> Replies:
-    reason = ""
-    if not turns or not turns[-1]["content"].strip():
-        reason = NO_PROMPT
-    elif not texts or not all(text.strip() for text in texts):
-        reason = NO_REPLY
+    if not reason and (not turns or not turns[-1]["content"].strip()):
+        reason = "empty prompt"
     prompt = "\n".join(turn["content"] for turn in turns)
-    return Replies(where, tuple(turns), prompt, tuple(texts), row, name, reason)
+    return Replies(where, tuple(turns), prompt, tuple(texts), row, kind, reason)
 
 
 def _messages(value: Any) -> list[Message]:

@@ -17,6 +17,12 @@ Row = Mapping[str, Any]
 AUTHORS = "what ORPO's authors advise (docs/metrics.md)"
 OURS = "a threshold of orpo-lite"
 
+RAISED = {
+    "log_odds_chosen": "log odds of chosen to rejected",
+    "rewards/margins": "reward margin of chosen to rejected",
+    "objective/scores": "reward of sampled answers",
+}
+"""Metric that a training should raise -> its name in sentences."""
 LEAST_STEPS = 20
 """With fewer steps the first and the last tenth hold fewer than two steps each. OURS."""
 NOISE = 4.0
@@ -116,14 +122,9 @@ class Curves:
 
     @property
     def comparison(self) -> tuple[str, str] | None:
-        """(metric, its name) of the metric that compares chosen and rejected replies.
-
-        None: the objective compares no replies.
-        """
-        for name, label in (("log_odds_chosen", "log odds"), ("rewards/margins", "reward margin")):
-            if any(name in row for row in self.train):
-                return name, label
-        return None
+        """(metric, its name) of the first metric of RAISED that the run has, or None."""
+        known = {name for row in self.train for name in row}
+        return next(((name, label) for name, label in RAISED.items() if name in known), None)
 
     def windows(self, name: str) -> "Windows | None":
         """Return the means of a training metric over windows of steps; None for too few steps."""
@@ -207,7 +208,7 @@ def diverging(curves: Curves) -> Finding | None:
     if lost:
         count = f"{len(lost)} step{'' if len(lost) == 1 else 's'}"
         reason = f"The loss is not finite at {count}, first at step {lost[0]}."
-    elif windows := curves.windows("loss"):
+    elif curves.objective != "ppo" and (windows := curves.windows("loss")):
         lowest, last = min(windows.means), windows.means[-1]
         if last - lowest > max(RISE * abs(lowest), LEAST_RISE, windows.error):
             reason = f"The mean training loss rose from {lowest:.3g} to {last:.3g}."
@@ -308,7 +309,7 @@ def both_sink(curves: Curves) -> Finding | None:
 
 
 def not_learning(curves: Curves) -> Finding | None:
-    """Return a finding if the loss does not fall and the log odds or the margin do not rise."""
+    """Return a finding if the loss does not fall and the metric of RAISED does not rise."""
     if len(curves.train) < LEAST_STEPS:
         return None
     name, label = curves.comparison or ("", "")
@@ -407,7 +408,7 @@ def _healthy(curves: Curves) -> Finding:
     named = {"The loss": "loss"}
     if curves.comparison:
         metric, label = curves.comparison
-        named[f"The {label} of chosen to rejected"] = metric
+        named[f"The {label}"] = metric
     changes = {label: curves.change(name) for label, name in named.items()}
     reason = " ".join(f"{label} went {change}." for label, change in changes.items() if change)
     return Finding(
@@ -437,11 +438,7 @@ def _rate(curves: Curves, factor: float) -> float:
 
 
 def _shorter(curves: Curves, best: object) -> dict[str, Any]:
-    """Return settings for a shorter training.
-
-    It ends at the step of the best evaluation. Without an evaluation after step 0, it has half of
-    the steps.
-    """
+    """Return settings for a shorter training: up to the best evaluation, else half of the steps."""
     last = curves.train[-1].get("step") if curves.train else None
     steps = best if isinstance(best, int) and best > 0 else (last or 2) // 2
     values: dict[str, Any] = {"training.max_steps": max(1, steps)}

@@ -33,9 +33,9 @@ def judge_training(recipe: Recipe, pairs: TokenizedPairs, path: Path, kept: int)
             another number of pairs.
     """
     rows = {row["step"]: row for row in read_scores(path)}
-    start = START if recipe.model.adapter_name_or_path else BASE
-    if recipe.loss.trains_reward_model:
-        start = UNTRAINED
+    start = UNTRAINED if recipe.loss.trains_reward_model else BASE
+    if recipe.model.adapter_name_or_path:
+        start = START
     found: dict[str, PairScores] = {}
     for name, step in ((start, 0), (TUNED, kept)):
         scores = _scores(rows.get(step, {}))

@@ -58,6 +58,13 @@ MEAN_REWARD = Spec(
     "mean-reward", "Mean reward", "Mean over both answers of a pair, by a reward model. Only "
     "differences of rewards have a meaning.", {"mean_reward": ""},
 )  # fmt: skip
+SAMPLED = (
+    Spec("sampled-reward", "Reward of sampled answers", "Mean score by the reward model, without "
+         "the KL penalty.", {"objective/scores": ""}, "high"),
+    Spec("kl", "KL to the reference model", "Mean over sampled answers, in nats. The penalty keeps "
+         "it near loss.kl_target.", {"objective/kl": ""}),
+)  # fmt: skip
+"""The charts of PPO."""
 MEMORY = Spec(
     "memory", "GPU memory", "Peak so far in GiB: memory of tensors, and memory reserved by torch.",
     {"memory_gib": "tensors", "memory_reserved_gib": "reserved"},
@@ -221,7 +228,7 @@ def make_charts(records: Sequence[RunRecord]) -> list[Chart]:
     curve of each run.
     """
     charts = []
-    for spec in (*SPECS, MEAN_REWARD, MEMORY):
+    for spec in (*SPECS, MEAN_REWARD, *SAMPLED, MEMORY):
         on_gpu = any("memory_reserved_gib" in row for record in records for row in record.rows)
         if spec is MEMORY and not on_gpu:
             continue

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
 from torch import nn
 
-from orpo_lite.base.adapter import SEQ_CLS, find_adapter, read_adapter_config
+from orpo_lite.base.adapter import REWARD, SEQ_CLS, find_adapter, read_adapter_config
 from orpo_lite.base.blocks import Rows, Stored, in_blocks, read_header, read_rows, stored_tensors
 from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.base.find import Base
@@ -66,8 +66,8 @@ class AdaptedLayer:
 def check_mergeable(recipe: Recipe, base: Base) -> None:
     """Raise ModelError before a training if an adapter does not fit the base.
 
-    The adapters are the one to train, which must be mergeable later, and that of the reference
-    model if there is one.
+    The adapters are the one to train, which must be mergeable later, and those of the reference
+    model and of the reward model if there are any.
     """
     name = recipe.model.adapter_name_or_path
     fix = Overrides({"lora.target_modules": "all-linear"})
@@ -77,6 +77,16 @@ def check_mergeable(recipe: Recipe, base: Base) -> None:
     if reference := recipe.loss.reference_adapter:
         fix = Overrides({"loss.reference_adapter_name_or_path": None}, ", or an adapter that fits")
         _check_adapter(recipe, base, reference, fix)
+    if reward := recipe.loss.reward_adapter_name_or_path:
+        folder = find_adapter(reward, REWARD)
+        if read_adapter_config(folder).task_type != SEQ_CLS:
+            raise ModelError(
+                where=f"{REWARD}: {reward}",
+                found="is not the adapter of a reward model",
+                expected="an adapter that a training with loss.type=reward made",
+            )
+        fix = Overrides({REWARD: "RUN/adapter"}, ", where RUN trained a reward model on this base")
+        _check_adapter(recipe.override({"loss.type": "reward"}), base, reward, fix)
 
 
 def _check_adapter(recipe: Recipe, base: Base, name: str | None, fix: Overrides) -> None:

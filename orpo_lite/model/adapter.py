@@ -31,6 +31,8 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
     made from the recipe's ``lora`` settings.
     """
     lora = recipe.lora
+    if recipe.loss.trains_reward_model or recipe.loss.type == "ppo":
+        add_score_head(model, recipe.training.seed)
     if folder:
         config = read_adapter_config(folder)
         _check_task(config, recipe, folder)
@@ -48,7 +50,6 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
             init_lora_weights=True if is_orthogonal else lora.init_lora_weights,
         )
     if recipe.loss.trains_reward_model:
-        add_score_head(model, recipe.training.seed)
         # For this task, peft trains a copy of the head and saves it with the adapter. It adds the
         # names of heads to modules_to_save.
         config.task_type, config.modules_to_save = SEQ_CLS, None
@@ -89,10 +90,6 @@ def _check_task(config: LoraConfig, recipe: Recipe, folder: Path) -> None:
             where=str(folder / "adapter_config.json"),
             found="is the adapter of a reward model (task_type SEQ_CLS)",
             expected=f"the adapter of a language model for loss.type {recipe.loss.type}",
-            fix=Overrides(
-                {"model.adapter_name_or_path": None},
-                ", which trains a new adapter; loss.type=reward trains the reward model further",
-            ),
         )
 
 
@@ -156,7 +153,7 @@ def load_adapter(model: PairModel, folder: Path) -> None:
         ModelError: the file is damaged, or does not fit the model's adapter.
     """
     tensors = read_adapter(folder)
-    if model.score_head is not None and read_adapter_config(folder).task_type != SEQ_CLS:
+    if model.returns_rewards and read_adapter_config(folder).task_type != SEQ_CLS:
         tensors[SCORE_TENSOR] = adapter_tensors(model)[SCORE_TENSOR]
     set_adapter(model, tensors)
 

@@ -18,6 +18,7 @@ from orpo_lite.errors import FitError, ModelError, Overrides, first_line
 from orpo_lite.model.adapter import add_lora, load_adapter
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.ppo_adapters import add_ppo_adapters
 from orpo_lite.model.quantize import (
     bypassed_layers,
     compute_dtype,
@@ -82,6 +83,10 @@ def bare_pair_model(
     if recipe.model.adapter_name_or_path and any("." in name for name in names):
         recipe = recipe.override({"lora.target_modules": "all-linear"})
     pair_model = _as_pair_model(bare_base(recipe, config, dtype, device), recipe, None)
+    if recipe.loss.type == "ppo":
+        named = recipe.loss.reference_adapter_name_or_path or recipe.model.adapter_name_or_path
+        has_reference = named is not None and named != "base"
+        add_ppo_adapters(pair_model, None, None, has_reference=has_reference)
     if device == META:  # a plan is about the steps, and the probe is over before them
         pair_model.drop_output_head()
     return pair_model

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from orpo_lite.base.adapter import SEQ_CLS
 from orpo_lite.data.packing import Batch, Batching, PackedPairs
 from orpo_lite.model.score_head import SCORE, output_head_names
 from orpo_lite.ops.attention import NAME, UnsupportedError, pair_attention
@@ -42,6 +43,7 @@ are in one row, which contains each sequence completely. rows: each sequence goe
 alone, with the model's own attention. logits: like rows, and the model computes the logits itself.
 """
 ROUTES: tuple[Route, ...] = ("shared", "packed", "rows", "logits")
+POLICY, VALUE = "default", "ppo_value"  # peft's names of the adapters that PPO trains
 ROUTE_NOTES: dict[Route, str] = {
     "packed": "prompts are not shared",
     "rows": "pairs are neither packed nor shared: each sequence goes through the model alone",
@@ -80,6 +82,11 @@ class PairModel(nn.Module):
             module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)
         ]
         """The decoder layers that can be checkpointed."""
+        adapters = getattr(model, "peft_config", {})
+        self.returns_rewards = self.score_head is not None
+        """True for a reward model. With PPO, a language model has a score head too."""
+        if adapters:
+            self.returns_rewards = adapters["default"].task_type == SEQ_CLS
         self.checkpointed = 0
         """Number of decoder layers, counted from the first one, that keep only their input."""
         if getattr(self.config.get_text_config(), "output_router_logits", False):
@@ -104,6 +111,11 @@ class PairModel(nn.Module):
         return causal.base_model
 
     @property
+    def has_value_model(self) -> bool:
+        """True if PPO trains a value model (:mod:`orpo_lite.model.ppo_adapters`)."""
+        return VALUE in getattr(self.model, "peft_config", {})
+
+    @property
     def score_head(self) -> Any:
         """The score head of a reward model; None for a language model."""
         return getattr(self.causal, SCORE, None)
@@ -113,14 +125,14 @@ class PairModel(nn.Module):
 
         The head is needed until the probe has chosen the route.
         """
-        if self.score_head is not None and output_head_names(self.causal):
+        if self.returns_rewards and output_head_names(self.causal):
             self.causal.set_output_embeddings(None)
             self.head = replace(self.head, module=None)
 
     def forward(self, batch: Batch) -> PairScores:
         """Return the log-probabilities of the batch's pairs, or their rewards, from one pass."""
-        if self.score_head is not None:
-            return pair_rewards(self._rewards(batch))
+        if self.returns_rewards:
+            return pair_rewards(self.rewards(batch))
         if isinstance(batch, PackedPairs):
             return packed_logps(self.score(batch, self.route), batch.spans)
         output = self.model(
@@ -134,7 +146,7 @@ class PairModel(nn.Module):
             pairs=batch.facts_4P.shape[1],
         )
 
-    def _rewards(self, batch: Batch) -> Tensor:
+    def rewards(self, batch: Batch) -> Tensor:
         """Return the rewards of P pairs, shape (2, P), at least float32.
 
         The score head reads the hidden states of the responses' last tokens.
@@ -236,16 +248,35 @@ class PairModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device to which a batch must be moved."""
-        layer: Any = self.head.module if self.score_head is None else self.score_head
+        layer: Any = self.score_head if self.returns_rewards else self.head.module
         return layer.weight.device  # type: ignore[no-any-return]
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """Return (name, parameter) of each trained parameter. All belong to the adapter."""
-        return [
-            (name, parameter)
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        ]
+        """Return (name, parameter) of each trained parameter. All belong to adapters."""
+        named = self.model.named_parameters()
+        if not self.has_value_model:
+            return [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        adapters = {POLICY, VALUE}
+        return [(name, parameter) for name, parameter in named if adapters & {*name.split(".")}]
+
+    @contextmanager
+    def using(self, adapter: str) -> Iterator[None]:
+        """Use the adapter with this peft name inside the ``with`` block.
+
+        A gradient must be computed in the same block as its loss, because checkpointed layers run
+        again.
+        """
+        wrapped: Any = self.model
+        before = wrapped.active_adapter
+        wrapped.set_adapter(adapter)
+        try:
+            yield
+        finally:
+            wrapped.set_adapter(before)
+
+    def values(self, batch: PackedPairs) -> Tensor:
+        """Return the score head's output at each position in ``batch.rows_N``, shape (N,)."""
+        return self._reward(self._hidden(batch, self.route)[batch.rows_N])
 
     def train(self, mode: bool = True) -> Self:
         """Switch the adapter to training mode, or to evaluation mode if ``mode`` is False.

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from orpo_lite.base.find import Base
 from orpo_lite.errors import ModelError, Overrides
 from orpo_lite.ops.devices import META
 
@@ -62,10 +63,27 @@ def reward_config(config: Any) -> Any:
     return config
 
 
+def is_classifier(config: Any) -> bool:
+    """Return whether a transformers configuration is that of a sequence classifier."""
+    names = getattr(config, "architectures", None) or [""]
+    return str(names[0]).endswith("ForSequenceClassification")
+
+
+def refuse_classifier(base: Base) -> None:
+    """Raise ModelError if a base is a reward model or another classifier."""
+    if is_classifier(base.config):
+        raise ModelError(
+            where=f"model {base.name}",
+            found=f"is a {base.config.architectures[0]}, which has no output head",
+            expected="a language model",
+            fix="to train a reward model further, set model.model_name_or_path to its base and "
+            "model.adapter_name_or_path to its adapter",
+        )
+
+
 def is_reward_model(config: Any) -> bool:
     """Return whether a transformers configuration is that of a merged reward model."""
-    names = getattr(config, "architectures", None) or [""]
-    return str(names[0]).endswith("ForSequenceClassification") and config.num_labels == 1
+    return is_classifier(config) and config.num_labels == 1
 
 
 def output_head_names(model: Any) -> list[str]:

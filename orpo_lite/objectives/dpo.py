@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from orpo_lite.data.packing import PairFacts
+from orpo_lite.objectives.objective import reference_setting
 from orpo_lite.objectives.pairwise import PairwiseObjective, smoothed_log_sigmoid, times_tokens
 from orpo_lite.ops.outputs import PairScores
-from orpo_lite.recipe.values import is_on_hub
 
 
 class Dpo(PairwiseObjective):
@@ -55,15 +55,8 @@ class Dpo(PairwiseObjective):
 
     def described(self) -> list[tuple[str, str]]:
         """Return the settings of the loss, its function, and the reference model."""
-        named = self.settings.reference_adapter_name_or_path
-        reference = "the model before the training"
-        if named == "base":
-            reference = "the base"
-        elif named:
-            adapter = named if is_on_hub(named) else "another adapter"  # a path is private
-            reference = f"the base with {adapter}"
         function = ("function (`loss.dpo_loss_type`)", self.settings.dpo_loss_type)
-        return [*super().described(), function, ("reference model", reference)]
+        return [*super().described(), function, reference_setting(self.settings)]
 
 
 OBJECTIVE = Dpo

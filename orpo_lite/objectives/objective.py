@@ -1,7 +1,7 @@
 """Define the interface of an objective for training, planning, evaluation and reports.
 
 To add an objective, add a file to this package, and add the file's name to the values of
-``LossSection.type``.
+``orpo_lite.recipe.loss.LossType``.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,8 @@ from orpo_lite.data.packing import PairFacts, nll_tokens
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import Overrides, RecipeError
 from orpo_lite.ops.outputs import PairScores
-from orpo_lite.recipe.schema import LossSection
+from orpo_lite.recipe.loss import LossSection
+from orpo_lite.recipe.values import is_on_hub
 
 Need = Literal["rejected", "reference"]
 """What an objective can need in addition to the chosen responses' log-probabilities.
@@ -169,6 +170,20 @@ def mean_nll(logps: PairScores, divisors: Divisors, reduction: Literal["token", 
     if reduction == "token":
         return logps.nll_P.sum() / divisors.nll_tokens
     return (logps.nll_P / logps.nll_tokens_P).sum() / divisors.pairs
+
+
+def reference_setting(settings: LossSection) -> tuple[str, str]:
+    """Return the reference model, as an item of :meth:`Objective.described`.
+
+    A path of an adapter is private and is not named.
+    """
+    named = settings.reference_adapter_name_or_path
+    text = "the model before the training"
+    if named == "base":
+        text = "the base"
+    elif named:
+        text = f"the base with {named if is_on_hub(named) else 'another adapter'}"
+    return "reference model", text
 
 
 def find_objective(settings: LossSection) -> Objective:

@@ -5,7 +5,7 @@ from torch import Tensor
 from orpo_lite.data.packing import PairFacts
 from orpo_lite.objectives.pairwise import PairwiseObjective, smoothed_log_sigmoid, times_tokens
 from orpo_lite.ops.outputs import PairScores
-from orpo_lite.recipe.schema import LossSection
+from orpo_lite.recipe.loss import LossSection
 
 
 class ProbabilityRatio(PairwiseObjective):

@@ -103,7 +103,7 @@ def fuse_lora(model: nn.Module) -> list[str]:
 
     Returns:
         The names of the unsupported layers, which keep peft's own forward pass. These are layers
-        with DoRA or several adapters, layers that are not linear (GPT-2's Conv1D), and 4-bit layers
+        with DoRA, layers that are not linear (GPT-2's Conv1D), and 4-bit layers
         whose compute dtype is not the dtype of the hidden states.
     """
     from peft.tuners.lora import LoraLayer
@@ -113,7 +113,7 @@ def fuse_lora(model: nn.Module) -> list[str]:
         if not isinstance(layer, LoraLayer):
             continue
         weight = frozen_weight(layer.base_layer)
-        if weight is None or layer.lora_variant or len(layer.lora_A) != 1:
+        if weight is None or layer.lora_variant:
             unfused.append(name)
         else:
             layer.forward = _fused(layer, weight, layer.forward)
@@ -177,14 +177,16 @@ def _used_dtype(layer: Any) -> torch.dtype:
 
 
 def _fused(layer: Any, weight: Weight, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    (name,) = layer.lora_A
-    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     four_bit = type(layer.base_layer).__name__ == "Linear4bit"
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        off = layer.disable_adapters or layer.merged or name not in layer.active_adapters
+        # A model may have several adapters, of which one is active.
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        off = layer.disable_adapters or layer.merged or len(active) != 1
         if off or args or kwargs or x.dtype != _used_dtype(layer.base_layer):
             return plain(x, *args, **kwargs)
+        (name,) = active
+        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         is_dropping = layer.training and not isinstance(dropout, nn.Identity)
         is_few = x.shape[:-1].numel() <= FEW_ROWS and x.dtype in GEMM_DTYPES
         if four_bit and is_few and not is_dropping and not torch.is_grad_enabled():

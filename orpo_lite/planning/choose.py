@@ -4,7 +4,7 @@ from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
 
-from orpo_lite.data.prepare import pair_lengths
+from orpo_lite.data.prepare import step_lengths
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS
 from orpo_lite.model.parallel import Processes
 from orpo_lite.ops.devices import device_kind
@@ -66,7 +66,7 @@ def choose_memory(
             "the last bits",
         )
     yield Update("stage", "planning the memory of a step")
-    lengths = pair_lengths(inputs.train)
+    lengths = step_lengths(recipe, inputs.train)
     try:
         found = fit(recipe, inputs.base.config, lengths, device_kind(device), budget, gpu)
     except MODEL_CODE_ERRORS as error:

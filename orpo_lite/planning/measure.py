@@ -27,7 +27,13 @@ from orpo_lite.objectives.objective import find_objective
 from orpo_lite.ops.devices import META, is_on_host
 from orpo_lite.ops.segments import clear_row_caches
 from orpo_lite.planning.meter import LiveBytes, allocated_bytes
-from orpo_lite.planning.on_meta import Triples, blank_pairs, held_tensors, patched_for_meta
+from orpo_lite.planning.on_meta import (
+    Triples,
+    blank_pairs,
+    held_tensors,
+    patched_for_meta,
+    trained_parameters,
+)
 from orpo_lite.planning.route import PlannedRoute, find_route
 from orpo_lite.recipe.schema import Recipe
 
@@ -240,10 +246,10 @@ def resident_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
     """
     tensors_by_part = held_tensors(model)
     sizes = {name: sum(map(storage_bytes, tensors)) for name, tensors in tensors_by_part.items()}
-    states, paged = state_bytes(
-        recipe, [parameter for parameter in model.parameters() if parameter.requires_grad]
-    )
-    return sizes | {"gradients": sizes["adapter"], "optimizer": states + paged}, paged
+    trained = [parameter for _, parameter in trained_parameters(model)]
+    states, paged = state_bytes(recipe, trained)
+    gradients = sum(map(storage_bytes, trained))
+    return sizes | {"gradients": gradients, "optimizer": states + paged}, paged
 
 
 def offloaded_embedding_bytes(model: PairModel) -> int:

@@ -44,13 +44,14 @@ def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
         for module in (own.get_input_embeddings(), own.get_output_embeddings())
         if module
     ]
-    for parameter in model.parameters():
+    trained = {id(parameter) for _, parameter in trained_parameters(model)}
+    for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             parts["base"] += [parameter, state.absmax, state.code, state.offset]
             if state.nested:
                 parts["base"] += [state.state2.absmax, state.state2.code]
-        elif parameter.requires_grad:
+        elif id(parameter) in trained or ".lora_" in name:  # PPO has adapters that are not trained
             parts["adapter"].append(parameter)
         else:
             is_end = parameter.ndim < 2 or any(parameter is end for end in ends)
@@ -67,6 +68,13 @@ def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
                 seen.add(storage)
                 parts[name].append(tensor)
     return parts
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return (name, parameter) of each trained parameter of a model."""
+    if isinstance(model, PairModel):
+        return model.trained()
+    return [(name, one) for name, one in model.named_parameters() if one.requires_grad]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from orpo_lite import demo
 from orpo_lite.base.adapter import INITIAL, adopt_adapter, missing_adapters
 from orpo_lite.base.find import check_embedding, find_config, find_text_files
-from orpo_lite.data.prepare import find_sources, pair_lengths, tokenized_splits
+from orpo_lite.data.prepare import find_sources, step_lengths, tokenized_splits
 from orpo_lite.errors import ModelError
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS
 from orpo_lite.objectives.objective import find_objective
@@ -120,7 +120,7 @@ def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update,
         train, _, _ = yield from tokenized_splits(
             recipe, find_text_files(name, revision)[0], *find_sources(recipe.data)
         )
-        triples = pair_lengths(train if has_rejected else train.without_rejected())
+        triples = step_lengths(recipe, train if has_rejected else train.without_rejected())
     local = local_gpu()
     if recipe.model.device == "cpu":
         local = None
@@ -227,12 +227,12 @@ def _similar_gpu(budget: int) -> Gpu:
 def _disk(found: MemoryPlan, recipe: Recipe, *, is_local: bool) -> dict[str, int]:
     """Return the bytes on disk that a run needs. ``is_local``: the base needs no download."""
     base_16bit = 2 * found.measured.weights
-    adapter = found.measured.held["adapter"]
+    trained = found.measured.held["gradients"]  # in float32, as the adapters
     disk = {}
     if not is_local:
         disk["download"] = base_16bit
-    disk["checkpoints"] = 3 * adapter * (KEPT_CHECKPOINTS + 2)
-    disk["adapter"] = adapter
+    disk["checkpoints"] = 3 * trained * (KEPT_CHECKPOINTS + 2)
+    disk["adapter"] = trained // 2 if recipe.loss.type == "ppo" else trained  # no value model
     if recipe.output.merge:
         disk["merged"] = base_16bit
     return disk

@@ -217,11 +217,12 @@ def _results(facts: Facts) -> str:
     ]
     head = ("metric", "before", "after")
     base = "the base in 4 bit" if facts.recipe.quantization.load_in_4bit else "the base"
-    head_before = " and with a random score head" if facts.is_reward_model else ""
-    caption = (
-        f"On {held_out}, with {base}. Before: without adapter{head_before}. "
-        "After: with the kept adapter."
-    )
+    start = "without adapter"
+    if facts.recipe.model.adapter_name_or_path:
+        start = "with the initial adapter"
+    elif facts.is_reward_model:
+        start = "without adapter and with a random score head"
+    caption = f"On {held_out}, with {base}. Before: {start}. After: with the kept adapter."
     return f"## Held-out results\n\n{caption}\n\n{_table(head, rows)}"
 
 

@@ -71,18 +71,36 @@ LOSSES_WITH: dict[str, tuple[str, ...]] = {
     "dpo_loss_type": ("dpo",),
     "label_smoothing": ("dpo", "cpo", "simpo"),
     "rpo_alpha": ("dpo",),
-    "reference_adapter_name_or_path": ("dpo",),
+    "reference_adapter_name_or_path": ("dpo", "ppo"),
     "cpo_alpha": ("cpo", "simpo"),
     "simpo_gamma": ("simpo",),
     "ratio_of": ("probability_ratio",),
     "center_rewards_coefficient": ("reward",),
+    **dict.fromkeys(
+        (
+            "reward_adapter_name_or_path",
+            "response_length",
+            "temperature",
+            "num_ppo_epochs",
+            "ppo_mini_batch_size",
+            "kl_coef",
+            "kl_target",
+            "kl_horizon",
+            "gamma",
+            "lam",
+            "cliprange",
+            "cliprange_value",
+            "vf_coef",
+        ),
+        ("ppo",),
+    ),
 }
 """Key of the section loss -> the values of ``loss.type`` that use it."""
 
 
 def _settings_of_losses(recipe: Recipe) -> Iterator[RecipeError]:
     """Yield an error for each chosen setting of a loss that another loss does not use."""
-    loss = recipe.loss
+    loss, data = recipe.loss, recipe.data
     for key, types in LOSSES_WITH.items():
         is_chosen = getattr(loss, key) != type(loss).model_fields[key].default
         if is_chosen and loss.type not in types:
@@ -100,6 +118,23 @@ def _settings_of_losses(recipe: Recipe) -> Iterator[RecipeError]:
             "loss.dpo_loss_type",
             "sigmoid, because label_smoothing has no effect on the other functions",
             {"loss.dpo_loss_type": "sigmoid"},
+        )
+    if loss.type == "ppo" and loss.reward_adapter_name_or_path is None:
+        yield _contradiction(
+            recipe,
+            "loss.type",
+            "loss.reward_adapter_name_or_path",
+            "the adapter of a reward model, which a training with loss.type=reward makes",
+            "loss.reward_adapter_name_or_path=RUN/adapter, where RUN is that run",
+        )
+    free = max(1, data.max_length - data.prompt_limit)
+    if loss.type == "ppo" and data.prompt_limit + loss.response_length > data.max_length:
+        yield _contradiction(
+            recipe,
+            "loss.response_length",
+            "data.max_length",
+            f"at most {free} tokens, which is max_length - max_prompt_length",
+            {"loss.response_length": free},
         )
     if loss.type in ("dpo", "cpo", "simpo") and loss.beta == 0:
         yield _contradiction(

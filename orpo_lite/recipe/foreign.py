@@ -145,7 +145,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
         "decides whether the base is in 4 bit",
     ),
     "finetuning_type": ("", "leave the line out; a LoRA adapter is always trained"),
-    "stage": ("loss.type", "its reward stands for rm"),
+    "stage": ("loss.type", "rm is called reward here"),
     "logging_dir": ("", LOGGED),
     "run_name": ("training.output_dir", "the run folder"),
     "save_total_limit": (

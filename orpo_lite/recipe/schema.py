@@ -1,16 +1,18 @@
 """The schema of a recipe: eight sections, their keys, types and defaults.
 
 If TRL, transformers or peft has the same setting, the recipe uses the same name for the key.
-Defaults are defined only here. A recipe file needs only the values that differ from the defaults.
-This module does not import torch.
+Defaults are defined only here and in loss.py. A recipe file needs only the values that differ from
+the defaults. This module does not import torch.
 """
 
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
 
+from orpo_lite.recipe.loss import LossSection
+from orpo_lite.recipe.section import Section
 from orpo_lite.recipe.text import read_bytes, to_text
 from orpo_lite.recipe.values import (
     check_attention,
@@ -31,28 +33,6 @@ Name = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 Steps = Annotated[float, BeforeValidator(read_steps)]
-
-
-class Section(BaseModel):
-    """Base class of the recipe's sections. A section is immutable and refuses unknown keys.
-
-    ``orpo-lite recipes show`` prints the docstrings of the fields.
-    """
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        validate_default=True,
-    )
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Put the documentation of each field on one line, because messages quote it."""
-        for field in cls.model_fields.values():
-            if field.description:
-                field.description = " ".join(field.description.split())
 
 
 class ModelSection(Section):
@@ -143,7 +123,7 @@ class DataSection(Section):
     ] = "auto"  # fmt: skip
     """How a row holds its pair. auto: detect the format from the columns and values, and report
     the reason."""
-    column_map: dict[str, str | Annotated[list[str], Field(min_length=1)]] = {}
+    column_map: dict[str, str | Annotated[list[str], Field(min_length=1)]] = {}  # noqa: RUF012 - pydantic copies it
     """Our column name -> the dataset's column name, such as {prompt: question, chosen: good}. If
     several datasets name a column differently, write a list: {chosen: [good, win]}."""
     max_samples: int | None = Field(None, ge=1)
@@ -160,7 +140,7 @@ class DataSection(Section):
     chat_template: str = "auto"
     """Chat template: auto, none or the path of a .jinja file. auto: the tokenizer's template, or
     the ORPO paper's if the tokenizer has none. none: join prompt and response as plain text."""
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(to_json_values)] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(to_json_values)] = {}  # noqa: RUF012 - pydantic copies it
     """Variables for the chat template, such as {enable_thinking: false}."""
 
     @property
@@ -183,64 +163,6 @@ class DataSection(Section):
             ours: [names] if isinstance(names, str) else names
             for ours, names in self.column_map.items()
         }
-
-
-class LossSection(Section):
-    """The loss. The keys have the names of TRL's configs."""
-
-    type: Literal["orpo", "sft", "dpo", "cpo", "simpo", "probability_ratio", "reward"] = "orpo"
-    """The loss. orpo: NLL(chosen) + beta * L_OR (arXiv 2403.07691, Eq. 6). sft: NLL(chosen). dpo:
-    compares with a reference model (arXiv 2305.18290). cpo: DPO without the reference, plus the
-    NLL (arXiv 2401.08417). simpo: mean log-probabilities and a margin (arXiv 2405.14734).
-    probability_ratio: ORPO with P_w / P_l in place of the odds ratio (Appendix B). reward: a reward
-    model, which gives a reply a number and writes no text (arXiv 2203.02155, Eq. 1)."""
-    beta: float = Field(0.1, ge=0, allow_inf_nan=False)
-    """orpo, probability_ratio: weight of the ratio term; the paper calls it λ, the authors' code
-    alpha; 0 is sft. dpo, cpo, simpo: factor of the log-probabilities inside the sigmoid."""
-    completion_only_loss: bool | None = None
-    """true: the NLL counts only the response's tokens. false: it also counts the prompt's tokens.
-    null: as TRL's trainer of this loss: false for orpo and probability_ratio, else true."""
-    nll_reduction: Literal["token", "pair"] = "token"
-    """How the NLL is averaged. token: over all counted tokens of the optimizer step. pair: first
-    over the counted tokens of each pair, then over the pairs."""
-    dpo_loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """dpo: function of the difference of the log-ratios. ipo divides each log-ratio by the number
-    of its tokens (arXiv 2310.12036)."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, allow_inf_nan=False)
-    """dpo with sigmoid, cpo, simpo: assumed share of pairs whose replies are swapped."""
-    rpo_alpha: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """dpo: weight of the chosen responses' NLL, which is added to the loss (arXiv 2404.19733).
-    null: it is not added."""
-    cpo_alpha: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """cpo, simpo: weight of the chosen responses' NLL. null: 1 for cpo, 0 for simpo."""
-    simpo_gamma: float = Field(0.5, ge=0, allow_inf_nan=False)
-    """simpo: target margin between the two rewards."""
-    ratio_of: Literal["mean", "sum"] = "mean"
-    """probability_ratio: P is the mean or the summed log-probability of a response's tokens."""
-    reference_adapter_name_or_path: str | None = None
-    """dpo: LoRA adapter of the reference model: a run's adapter folder or a hub name. base: the
-    base without an adapter. null: the model as it is before the first step."""
-    center_rewards_coefficient: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """reward: weight of the term (r_w + r_l)^2, which keeps the mean reward near 0
-    (arXiv 2312.09244). null: no such term."""
-
-    @property
-    def trains_reward_model(self) -> bool:
-        """True if the model gets a score head and returns rewards, not log-probabilities."""
-        return self.type == "reward"
-
-    @property
-    def reference_adapter(self) -> str | None:
-        """The adapter that ``reference_adapter_name_or_path`` names; None for null and base."""
-        name = self.reference_adapter_name_or_path
-        return None if name == "base" else name
-
-    @property
-    def counts_only_completion(self) -> bool:
-        """``completion_only_loss`` as true or false."""
-        if self.completion_only_loss is not None:
-            return self.completion_only_loss
-        return self.type not in ("orpo", "probability_ratio")
 
 
 class TrainingSection(Section):
@@ -298,7 +220,7 @@ class TrainingSection(Section):
     deterministic."""
     report_to: Annotated[
         list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(read_trackers)
-    ] = []
+    ] = []  # noqa: RUF012 - pydantic copies it
     """Trackers that receive the recipe and the metrics of each step and evaluation: tensorboard,
     wandb, trackio, or several of them. none: no tracker."""
 

@@ -47,7 +47,11 @@ MOVABLE = frozenset(
         "data.chat_template",
     )
 )
-PATHS = MOVABLE | {"model.adapter_name_or_path", "loss.reference_adapter_name_or_path"}
+PATHS = MOVABLE | {
+    "model.adapter_name_or_path",
+    "loss.reference_adapter_name_or_path",
+    "loss.reward_adapter_name_or_path",
+}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orpo_lite.base.adapter import INITIAL, REFERENCE, find_adapter, named_adapters
+from orpo_lite.base.adapter import INITIAL, REFERENCE, REWARD, find_adapter, named_adapters
 from orpo_lite.base.download import ADAPTER, ADAPTER_WEIGHTS
 from orpo_lite.base.find import Base, fetch_weights, find_base, weight_files
 from orpo_lite.errors import CheckpointError, Command, ModelError, RecipeError
@@ -110,6 +110,7 @@ def refuse_existing(recipe: Recipe) -> None:
 COPIES = {
     "initial_adapter": INITIAL,
     "reference_adapter": REFERENCE,
+    "reward_adapter": REWARD,
 }
 """Folder of a run with a copy of an adapter that the training reads -> the setting that names it.
 

@@ -170,6 +170,8 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     So the run can be resumed from any working directory.
     """
     keys = ["model.model_name_or_path", "model.adapter_name_or_path", "data.chat_template"]
+    if recipe.loss.reward_adapter_name_or_path:
+        keys.append("loss.reward_adapter_name_or_path")
     if recipe.loss.reference_adapter:
         keys.append("loss.reference_adapter_name_or_path")
     if is_path(recipe.data.dataset_test_split or ""):

@@ -19,13 +19,14 @@ from torch import Tensor
 from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.errors import CheckpointError
 from orpo_lite.model.adapter import adapter_tensors, set_adapter
-from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.pair_model import VALUE, PairModel
 from orpo_lite.runs.atomic import new_folder, sha256, to_json
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.runs.records import read_json
 from orpo_lite.training.state import TrainState
 
 OPTIMIZER = "optimizer.safetensors"
+VALUE_WEIGHTS = "value_model.safetensors"  # of PPO
 STATE, MANIFEST = "state.json", "manifest.json"
 
 
@@ -36,6 +37,8 @@ def save(run: Path, model: PairModel, optimizer: torch.optim.Optimizer, state: T
     with new_folder(final) as folder:
         save_file(adapter_tensors(model), folder / ADAPTER_WEIGHTS)
         save_file(tensors, folder / OPTIMIZER)
+        if model.has_value_model:
+            save_file(adapter_tensors(model, VALUE), folder / VALUE_WEIGHTS)
         (folder / STATE).write_text(
             to_json(replace(state, optimizer=scalars).to_json()), encoding="utf-8"
         )
@@ -82,7 +85,8 @@ def find_fault(folder: Path) -> str | None:
         found = _hashes(folder)
     except (OSError, ValueError) as error:
         return f"unreadable ({type(error).__name__})"
-    if not isinstance(expected, dict) or set(expected) != {ADAPTER_WEIGHTS, OPTIMIZER, STATE}:
+    files = {ADAPTER_WEIGHTS, OPTIMIZER, STATE}
+    if not isinstance(expected, dict) or set(expected) - {VALUE_WEIGHTS} != files:
         return f"{MANIFEST} does not list the files of a checkpoint"
     for name in expected:
         if found.get(name) != expected[name]:
@@ -98,6 +102,8 @@ def restore(folder: Path, model: PairModel, optimizer: torch.optim.Optimizer) ->
     """
     state = read_state(folder)
     load_adapter(folder, model)
+    if model.has_value_model:
+        set_adapter(model, load_file(folder / VALUE_WEIGHTS), VALUE)
     _restore_optimizer(optimizer, load_file(folder / OPTIMIZER), state.optimizer)
     return replace(state, optimizer={})
 

@@ -1,7 +1,7 @@
 """The training loop: evaluate, save, take a step, repeat."""
 
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.records import append_metrics, append_scores
 from orpo_lite.training.faults import report_not_finite, shrink_memory
+from orpo_lite.training.ppo import evaluate_ppo, take_ppo_step
 from orpo_lite.training.session import Session, save_checkpoint
 from orpo_lite.training.state import TrainState
 from orpo_lite.training.step import OutOfMemory, take_step
@@ -67,7 +68,8 @@ def train_steps(
             return
         batch = session.batch(state.step)
         try:
-            metrics, finite = take_step(session, batch, state)
+            take = take_ppo_step if session.recipe.loss.type == "ppo" else take_step
+            metrics, finite = take(session, batch, state)
         except OutOfMemory:
             state.memory = shrink_memory(session, batch)
             session.set_memory(state.memory)
@@ -90,16 +92,7 @@ def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None
     The metrics are written to metrics.jsonl and to ``state``. If this step is the best so far,
     ``state`` records this too. The scores of each pair are written to pair_scores.jsonl.
     """
-    inputs = session.inputs
-    batches = evaluate(
-        session.pair_model,
-        session.objective,
-        inputs.test,
-        session.recipe,
-        pad_id=inputs.pad_id,
-        processes=session.processes,
-    )
-    metrics, scores = yield from staged(f"evaluating {len(inputs.test):,} held-out pairs", batches)
+    metrics, scores = yield from _evaluate(session)
     is_best = state.note_evaluation(metrics)
     if not metrics:
         return
@@ -112,6 +105,24 @@ def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None
         remark = "best so far"
     line = f"{session.objective.line(metrics, 'eval_')}  {remark}".rstrip()
     yield Update("eval", line, state.step, session.steps, metrics)
+
+
+def _evaluate(
+    session: Session,
+) -> Generator[Update, None, tuple[dict[str, float], Sequence[Tensor]]]:
+    """Return the metrics of held-out pairs, and the scores of each pair. Yield updates."""
+    if session.recipe.loss.type == "ppo":
+        return (yield from evaluate_ppo(session))
+    inputs = session.inputs
+    batches = evaluate(
+        session.pair_model,
+        session.objective,
+        inputs.test,
+        session.recipe,
+        pad_id=inputs.pad_id,
+        processes=session.processes,
+    )
+    return (yield from staged(f"evaluating {len(inputs.test):,} held-out pairs", batches))
 
 
 def is_exhausted(recipe: Recipe, state: TrainState) -> bool:

@@ -17,7 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_lite.base.adapter import REFERENCE, find_adapter, note_on_base, read_adapter_config
+from orpo_lite.base.adapter import (
+    REFERENCE,
+    note_on_base,
+    read_adapter_config,
+    reference_folder,
+)
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.packing import epoch_order
 from orpo_lite.data.reference_cache import ReferenceCache
@@ -38,18 +43,6 @@ Switch = Callable[[], AbstractContextManager[None]]
 BLOCK = 64
 """Rows that are scored together. A block is written to the cache with one call. So a computation
 that was killed repeats only whole blocks, and gives the same bits when it is resumed."""
-
-
-def reference_folder(recipe: Recipe) -> Path | None:
-    """Return the folder of the reference model's adapter; None if the base alone is the reference.
-
-    By default the reference is the model before the first step: the adapter that the training
-    starts from, or the base.
-    """
-    loss = recipe.loss
-    is_named = loss.reference_adapter_name_or_path is not None
-    name = loss.reference_adapter if is_named else recipe.model.adapter_name_or_path
-    return find_adapter(name) if name else None
 
 
 def add_reference(session: Session) -> Generator[Update, None, None]:

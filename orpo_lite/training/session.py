@@ -1,23 +1,25 @@
 """Define a session: the objects of a training in memory. Load, restore and save a session."""
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from orpo_lite.base.adapter import REWARD, find_adapter, note_on_base, reference_folder
 from orpo_lite.base.download import check_disk
 from orpo_lite.data.packing import epoch_order, steps_per_epoch
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.data.prepare import pair_lengths
-from orpo_lite.errors import CheckpointError, Command, FitError, first_line
+from orpo_lite.data.prepare import step_lengths
+from orpo_lite.errors import CheckpointError, Command, FitError, RecipeError, first_line
 from orpo_lite.model.load import choose_dtype, load_pair_model
 from orpo_lite.model.memory import checkpoint_first_layers
 from orpo_lite.model.optimizer import lr_factor, make_optimizer, whole_steps
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
+from orpo_lite.model.ppo_adapters import add_ppo_adapters
 from orpo_lite.model.probe import probe, probe_operations
 from orpo_lite.objectives.objective import Objective, find_objective
 from orpo_lite.ops.devices import device_kind, is_out_of_memory
@@ -132,7 +134,8 @@ def load_session(
         probe_operations(pair_model)
     else:
         longest = max(
-            int(pair_lengths(split)[:, 1:].max(initial=1)) for split in (inputs.train, inputs.test)
+            int(step_lengths(recipe, split)[:, 1:].max(initial=1))
+            for split in (inputs.train, inputs.test)
         )
         tokens_of_step = 2 * longest * recipe.training.global_batch_size
         probe(pair_model, longest, min(recipe.micro_batch_tokens, tokens_of_step))
@@ -143,6 +146,8 @@ def load_session(
             torch.cuda.reset_peak_memory_stats(processes.device)
     for note in pair_model.notes:
         yield Update("note", note)
+    if recipe.loss.type == "ppo":
+        yield from _add_ppo(pair_model, recipe, inputs, processes)
     trained = [parameter for _, parameter in pair_model.trained()]
     # A checkpoint holds the adapter and two optimizer states of the adapter's size. Space is needed
     # for the kept checkpoints, the best one, the one being written, and the final adapter.
@@ -159,6 +164,24 @@ def load_session(
     if note := session.warmup_note():
         yield Update("note", note)
     return session
+
+
+def _add_ppo(
+    model: PairModel, recipe: Recipe, inputs: Inputs, processes: Processes
+) -> Iterator[Update]:
+    """Add the adapters of PPO, and yield notes. Raise RecipeError if several processes train."""
+    if processes.count > 1:
+        raise RecipeError(
+            where="loss.type",
+            found=f"ppo with {processes.count} processes",
+            expected="one process",
+            fix="start orpo-lite without accelerate launch",
+        )
+    reference = reference_folder(recipe)
+    reward = find_adapter(str(recipe.loss.reward_adapter_name_or_path))
+    for note in note_on_base(reward, inputs.base.name, REWARD):
+        yield Update("note", note)
+    add_ppo_adapters(model, reward, reference, has_reference=reference is not None)
 
 
 def count_steps(recipe: Recipe, inputs: Inputs) -> int:

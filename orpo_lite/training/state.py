@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from orpo_lite.errors import CheckpointError
 
-VERSION = 1
-"""Version of state.json. Files of version 0 have no version number."""
+VERSION = 2
+"""Version of state.json. Files of version 0 have no version number. Version 2 added kl_coef."""
 NAMES_OF_0 = {
     "evaluated": "evaluated_step",
     "worse": "worse_in_a_row",
@@ -43,6 +43,8 @@ class TrainState:
     """Number of tokens in all pairs so far. A pair has two replies, each with its prompt."""
     memory: dict[str, Any] = field(default_factory=dict)
     """Settings of ``memory`` that were changed because a step ran out of memory."""
+    kl_coef: float | None = None
+    """The weight of PPO's KL penalty in the next step. None: ``loss.kl_coef``."""
     optimizer: dict[str, Any] = field(default_factory=dict)
     """Scalars of the optimizer's state. {} except in a checkpoint, which stores the state's tensors
     in another file."""
@@ -97,6 +99,8 @@ class TrainState:
         version = values.pop("version", 0)
         if version == 0:
             values = {NAMES_OF_0.get(name, name): entry for name, entry in values.items()}
+        if version in (0, 1):
+            values.setdefault("kl_coef", None)
         found = ""
         if version not in range(VERSION + 1):
             found = f"has version {version}"

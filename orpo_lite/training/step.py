@@ -46,9 +46,7 @@ def take_step(
             micro-batches.
     """
     began = time.monotonic()
-    learning_rate = session.learning_rate(state.step)
-    for group in session.optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_learning_rate(session, state.step)
     sums = accumulate(
         session.pair_model,
         session.objective,
@@ -69,14 +67,7 @@ def take_step(
     )
     tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch)
     state.count_step(tokens, finite=finite)
-    metrics |= {
-        "grad_norm": norm,
-        "learning_rate": learning_rate,
-        "num_tokens": state.num_tokens,
-        "tokens_per_second": tokens / (time.monotonic() - began),
-        "epoch": state.step / session.per_epoch,
-    }
-    return metrics | memory_metrics(session.processes.device), finite
+    return metrics | {"grad_norm": norm} | progress_metrics(session, state, tokens, began), finite
 
 
 def accumulate(
@@ -178,6 +169,32 @@ def update(
     scaler.update()  # also after a skipped step: unscale_ must not run twice before it
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
+
+
+def set_learning_rate(session: Session, step: int) -> None:
+    """Set the optimizer's learning rate to that of a step."""
+    for group in session.optimizer.param_groups:
+        group["lr"] = session.learning_rate(step)
+
+
+def progress_metrics(
+    session: Session, state: TrainState, tokens: int, began: float
+) -> dict[str, float]:
+    """Return the metrics of a finished step that do not depend on the objective.
+
+    Args:
+        session: the session.
+        state: the state after the step.
+        tokens: number of tokens of the step.
+        began: the time at which the step began, of ``time.monotonic``.
+    """
+    progress = {
+        "learning_rate": session.learning_rate(state.step - 1),
+        "num_tokens": state.num_tokens,
+        "tokens_per_second": tokens / (time.monotonic() - began),
+        "epoch": state.step / session.per_epoch,
+    }
+    return progress | memory_metrics(session.processes.device)
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

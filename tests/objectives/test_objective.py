@@ -18,7 +18,8 @@ from orpo_lite.errors import RecipeError
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.objectives.orpo import Orpo
 from orpo_lite.planning.plan import plan
-from orpo_lite.recipe.schema import LossSection, Recipe
+from orpo_lite.recipe.loss import LossSection
+from orpo_lite.recipe.schema import Recipe
 
 SQUARED = '''
 """The squared distance of the log odds from 1."""
@@ -95,11 +96,11 @@ def test_a_new_objective_touches_its_own_file_and_the_schema(
         Path(orpo_lite.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
     )
     (package / "objectives" / "squared.py").write_text(SQUARED, encoding="utf-8")
-    schema = package / "recipe" / "schema.py"
+    schema = package / "recipe" / "loss.py"
     text = schema.read_text(encoding="utf-8")
-    assert text.count('type: Literal["orpo", ') == 1
+    assert text.count('LossType = Literal["orpo", ') == 1
     schema.write_text(
-        text.replace('type: Literal["orpo", ', 'type: Literal["squared", "orpo", '),
+        text.replace('LossType = Literal["orpo", ', 'LossType = Literal["squared", "orpo", '),
         encoding="utf-8",
     )
     environment = os.environ | {"PYTHONPATH": str(package.parent)}

@@ -11,7 +11,7 @@ from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import Orpo, log1mexp, log_odds, orpo_loss
 from orpo_lite.ops.head import padded_logps
 from orpo_lite.ops.outputs import PairScores
-from orpo_lite.recipe.schema import LossSection
+from orpo_lite.recipe.loss import LossSection
 
 EXACT = [-50.0, -30.0, -8.0, -2.5, -0.7, -0.69, -0.1, -1e-2, -1e-3]
 EXTREME = [-1e4, -745.0, -50.0, -1e-3, -1e-7, -1e-12, -1e-300, 0.0]

@@ -17,7 +17,8 @@ from orpo_lite.model.held_out import score
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import Divisors, find_objective
 from orpo_lite.ops.outputs import PairScores
-from orpo_lite.recipe.schema import LossSection, Recipe
+from orpo_lite.recipe.loss import LossSection
+from orpo_lite.recipe.schema import Recipe
 from orpo_lite.updates import run_to_end, staged
 
 LOSSES: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import orpo_lite
 from orpo_lite.api import train
-from orpo_lite.errors import ModelError, RecipeError
+from orpo_lite.errors import DataError, ModelError, RecipeError
 from orpo_lite.evaluation import rewards
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
@@ -136,11 +136,11 @@ def test_replies_are_scored_and_a_stopped_command_goes_on(
     monkeypatch.setattr(rewards, "BLOCK", 2)
     plain, calls = rewards._Scorer.lines, []
 
-    def lines(self: Any, block: Any, stage: str) -> Any:
+    def lines(self: Any, block: Any) -> Any:
         calls.append(len(block))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return plain(self, block, stage)
+        return plain(self, block)
 
     monkeypatch.setattr(rewards._Scorer, "lines", lines)
     to = tmp_path / "rewards.jsonl"
@@ -159,11 +159,55 @@ def test_replies_are_scored_and_a_stopped_command_goes_on(
     with pytest.raises(RecipeError, match="exists already"):
         orpo_lite.score(parity.run, str(data), to=to)
 
-    best_of = tmp_path / "lists.jsonl"
-    best_of.write_text(json.dumps({"prompt": "abcabc", "responses": ["abcd", "abc"]}) + "\n")
-    orpo_lite.score(parity.run, str(best_of), to=tmp_path / "lists-rewards.jsonl")
-    (row,) = map(json.loads, (tmp_path / "lists-rewards.jsonl").read_text().splitlines())
-    assert row["rewards"] == pytest.approx([found[0]["reward"], found[5]["reward"]], rel=1e-4)
+
+def test_each_reply_has_its_own_reward(parity: TrainResult, tmp_path: Path) -> None:
+    """A reply that cannot be scored costs no other one its reward."""
+
+    def scored(name: str, *rows: dict[str, Any]) -> list[dict[str, Any]]:
+        data, to = tmp_path / f"{name}.jsonl", tmp_path / f"{name}-rewards.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        orpo_lite.score(parity.run, str(data), to=to)
+        return [json.loads(line) for line in to.read_text().splitlines()]
+
+    long = "a" * 2000
+    (one,) = scored("one", {"prompt": "abcabc", "response": "abcd"})
+    for column in ("responses", "output"):
+        (row,) = scored(column, {"prompt": "abcabc", column: ["abcd", "", long, "abcd"]})
+        same = pytest.approx(one["reward"], rel=1e-4)
+        assert row["rewards"] == [same, None, None, same]
+        assert "positions" in row["reason"]
+    pairs = {"prompt": "abcabc", "chosen": "abcd"}
+    both, cut = scored("pairs", {**pairs, "rejected": "abc"}, {**pairs, "rejected": long})
+    assert both["reward_chosen"] == pytest.approx(one["reward"], rel=1e-4)
+    assert both["reward_rejected"] < both["reward_chosen"]
+    assert cut["reward_chosen"] == pytest.approx(one["reward"], rel=1e-4)
+    assert cut["reward_rejected"] is None
+    with pytest.raises(DataError, match="column reward already"):
+        scored("clash", {"prompt": "abcabc", "response": "abcd", "reward": 9})
+    with pytest.raises(DataError, match="no reply can be scored"):
+        scored("none", {"prompt": "abcabc", "response": ""})
+    assert not (tmp_path / "none-rewards.jsonl").exists()
+
+
+def test_a_model_that_reads_its_reward_elsewhere_is_refused(
+    parity: TrainResult, tmp_path: Path
+) -> None:
+    """transformers reads at the last token that is not the pad token."""
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "abcabc", "response": "abcd"}) + "\n")
+    folder = tmp_path / "model"
+    shutil.copytree(orpo_lite.merge(parity.run).folder, folder)
+    assert orpo_lite.score(folder, str(data), to=tmp_path / "same.jsonl").replies == 1
+    for name, key, value, said in (
+        ("config.json", "pad_token_id", 2, "pad token"),
+        ("chat_template.jinja", "", TEMPLATE, "does not end"),
+    ):
+        file = folder / name
+        text = file.read_text()
+        file.write_text(json.dumps(json.loads(text) | {key: value}) if key else str(value))
+        with pytest.raises(ModelError, match=said):
+            orpo_lite.score(folder, str(data), to=tmp_path / "other.jsonl")
+        file.write_text(text)
 
 
 def test_a_reward_model_writes_no_text(
