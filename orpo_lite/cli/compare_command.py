@@ -35,7 +35,7 @@ def compare(
         typer.Option(
             metavar="ARM,...",
             help="The objectives to compare: sft (one epoch), sft-equal-epochs, orpo, dpo, simpo, "
-            "cpo. dpo and simpo start from the adapter of sft.",
+            "ppo, cpo. dpo, simpo and ppo start from the adapter of sft.",
         ),
     ] = "sft,orpo,dpo,simpo",
     seeds: Annotated[int, typer.Option(metavar="N", help="Number of trainings of each arm.")] = 1,

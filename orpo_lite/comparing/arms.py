@@ -6,10 +6,14 @@ from typing import Any, get_args
 
 from orpo_lite.errors import Overrides, RecipeError
 from orpo_lite.recipe.checks import LOSSES_WITH
+from orpo_lite.recipe.loss import LossSection
 from orpo_lite.recipe.reader import load_recipe
-from orpo_lite.recipe.schema import LossSection, Recipe
+from orpo_lite.recipe.schema import Recipe
 
-SFT, JUDGE = "sft", "judge"
+SFT, REWARD, JUDGE = "sft", "reward", "judge"
+REWARD_KEY = "loss.reward_adapter_name_or_path"
+OWN_REWARD = "the comparison's own"
+"""Value of :data:`REWARD_KEY` for the reward model that the comparison trains on the arms' data."""
 RATE = "training.learning_rate"
 
 
@@ -30,8 +34,7 @@ class Arm:
     """``loss.KEY`` -> the value that suits this loss."""
 
 
-# An objective that is added to loss.type needs one line here to become an arm. If it reads another
-# run, such as a reward model, Task.runs and Task.run_recipe (task.py) add that run.
+# An objective that is added to loss.type needs one line here to become an arm.
 ARMS = {
     arm.name: arm
     for arm in (
@@ -48,11 +51,11 @@ ARMS = {
             settings={"loss.beta": 2.0, "loss.simpo_gamma": 1.0},
         ),
         Arm("cpo", "cpo", rate=0.1, settings={"loss.beta": 0.1}),
-        Arm("ppo", "ppo", after_sft=True, rate=0.1),
+        Arm("ppo", "ppo", after_sft=True, rate=0.1, settings={REWARD_KEY: OWN_REWARD}),
     )
 }
 DEFAULT_ARMS = ("sft", "orpo", "dpo", "simpo")
-JUDGE_ARM = Arm(JUDGE, "reward")
+JUDGE_ARM, REWARD_ARM = Arm(JUDGE, "reward"), Arm(REWARD, "reward")
 
 # The keys that are the same in all arms, because the comparison sets them or needs them equal.
 SHARED = ("model.model_name_or_path", "model.model_revision", "training.seed")
@@ -155,15 +158,17 @@ def _refuse_of_one_loss(key: str, value: str, names: Sequence[str]) -> None:
 
 
 def _with_start(arms: Sequence[Arm]) -> Iterator[Arm]:
-    """Yield the arms to train: first sft if another arm starts from its adapter."""
-    if any(arm.after_sft for arm in arms) and ARMS[SFT] not in arms:
+    """Yield the arms to train, first those that other arms start from."""
+    if any(arm.after_sft for arm in arms) or ARMS[SFT] in arms:
         yield ARMS[SFT]
-    yield from arms
+    if any(REWARD_KEY in arm.settings for arm in arms):
+        yield REWARD_ARM
+    yield from (arm for arm in arms if arm.name != SFT)
 
 
 def trained_arms(arms: Sequence[Arm]) -> list[Arm]:
-    """Return the arms to train, sft first, because other arms may start from its adapter."""
-    return sorted(_with_start(arms), key=lambda arm: arm.name != SFT)
+    """Return the arms to train. An arm comes after those whose adapters it reads."""
+    return [*_with_start(arms)]
 
 
 def arm_recipe(name: str, words: Words, arm: Arm, seed: int) -> Recipe:

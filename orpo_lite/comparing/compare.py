@@ -138,10 +138,9 @@ def compare_events(
 
 
 def _before(task: Task, arm_name: str) -> list[Run]:
-    """Return the runs from which the runs of an arm start."""
+    """Return the runs whose adapters the runs of an arm read."""
     runs = [run for arm in task.arms if arm.name == arm_name for run in task.runs_of(arm)]
-    starts = {task.start_of(run) for run in runs}
-    return [run for run in task.runs if run.path in starts]
+    return [read for run in runs for read in task.read_by(run).values()]
 
 
 def _diversity(

@@ -17,7 +17,11 @@ class Cost:
     trained_sequences: int
     """Sequences of a pair that go forward and backward through the model: 2, or 1 for SFT."""
     reference_sequences: int
-    """Sequences of a pair that go forward through the reference model, once before the training."""
+    """Sequences of a pair that only go forward: through the reference model, once before the
+    training; or, if ``samples``, of each sampled answer through policy, reference model, reward
+    model and value model, in each step."""
+    samples: bool
+    """True: a step samples an answer to each prompt, and trains on it instead of the pair."""
     steps: float
     kept_step: float
     """The step whose adapter was kept. 0: no step was better than the start."""
@@ -28,14 +32,19 @@ class Cost:
     memory_gib: float
     """Peak memory: of the tensors on a GPU, of the whole process on a CPU."""
     starts_from: str
-    """The arm whose training comes before; "" if there is none."""
+    """The trainings that come before, such as "sft and reward"; "" if there are none."""
     learning_rate: float
     before_seconds: float = 0.0
-    """Time of the steps of the arm ``starts_from``."""
+    """Time of the steps of ``starts_from``."""
 
 
 def sequences_of(recipe: Recipe) -> tuple[int, int]:
-    """Return how many sequences of a pair the training and the reference pass compute."""
+    """Return how many sequences go forward and backward, and how many only forward.
+
+    They are those of a pair, or of a sampled answer. See :class:`Cost`.
+    """
+    if recipe.loss.type == "ppo":  # policy and value model in each pass over the answers
+        return 2 * recipe.loss.num_ppo_epochs, 4
     needs = find_objective(recipe.loss).needs
     trained = 2 if "rejected" in needs else 1
     return trained, 2 if "reference" in needs else 0
@@ -59,14 +68,15 @@ def cost_of(runs: Sequence[Run], before: Sequence[Run]) -> Cost:
     return Cost(
         trained_sequences=trained,
         reference_sequences=reference,
+        samples=recipe.loss.type == "ppo",
         steps=_mean(steps),
         kept_step=_mean(kept),
         pairs=_mean(pairs),
         seconds=_mean(seconds),
         memory_gib=max(memory),
-        starts_from=before[0].arm.name if before else "",
+        starts_from=" and ".join(dict.fromkeys(run.arm.name for run in before)),
         learning_rate=recipe.training.learning_rate,
-        before_seconds=_mean(earlier) if earlier else 0.0,
+        before_seconds=sum(earlier) / len(runs),
     )
 
 

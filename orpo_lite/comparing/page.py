@@ -140,7 +140,8 @@ def _arm_row(row: ArmRow) -> dict[str, Any]:
 def passes(row: ArmRow) -> str:
     """Return the sequences of a pair that go through the model, as text: ``2 + 2 reference``."""
     reference = row.cost.reference_sequences
-    return f"{row.cost.trained_sequences}" + (f" + {reference} reference" if reference else "")
+    kind = "forward + sampling" if row.cost.samples else "reference"
+    return f"{row.cost.trained_sequences}" + (f" + {reference} {kind}" if reference else "")
 
 
 def mean_win_rate(name: str, wins: Sequence[WinRate]) -> float | None:

@@ -16,8 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lite import __version__
+from orpo_lite.comparing.arms import ARMS as ARMS_BY_NAME
 from orpo_lite.comparing.arms import (
     JUDGE_ARM,
+    OWN_REWARD,
+    REWARD_ARM,
+    REWARD_KEY,
+    SFT,
     Arm,
     Words,
     arm_recipe,
@@ -36,6 +41,7 @@ from orpo_lite.runs.inputs import with_absolute_paths
 from orpo_lite.runs.records import read_json
 
 FILE = "compare.json"
+ADAPTER_KEY = "model.adapter_name_or_path"
 SHOWN = 5  # differences in one message
 
 
@@ -96,9 +102,13 @@ class Task:
         """All trainings, in an order in which each finds the adapter that it starts from."""
         return [self.judge, *(run for arm in trained_arms(self.arms) for run in self.runs_of(arm))]
 
-    def start_of(self, run: Run) -> Path | None:
-        """Return the folder of the run whose adapter ``run`` starts from; None if it has none."""
-        return self.folder / "runs" / f"sft-seed{run.seed}" if run.arm.after_sft else None
+    def read_by(self, run: Run) -> dict[str, Run]:
+        """Return the runs whose adapters a run reads: the key that names the adapter -> its run."""
+        found = {ADAPTER_KEY: ARMS_BY_NAME[SFT]} if run.arm.after_sft else {}
+        if REWARD_KEY in run.arm.settings:
+            found[REWARD_KEY] = REWARD_ARM
+        place = run.seed - self.seed
+        return {key: self.runs_of(arm)[place] for key, arm in found.items()}
 
     def run_recipe(self, run: Run, base: Path | str, pairs: int) -> Recipe:
         """Return the recipe of a run.
@@ -115,8 +125,10 @@ class Task:
         # The comparison has a report and answers of its own.
         defaults = {"output.report": False, "output.samples": 0}
         values |= {k: v for k, v in defaults.items() if recipe.sources[k] == "default"}
-        if start := self.start_of(run):
-            values["model.adapter_name_or_path"] = str(start.absolute() / "adapter")
+        given = dict(recipe.items())
+        for key, read in self.read_by(run).items():
+            if key == ADAPTER_KEY or given[key] == OWN_REWARD:
+                values[key] = str(read.path.absolute() / "adapter")
         steps = recipe.training.max_steps
         if run.arm.one_epoch and steps > math.ceil(pairs / recipe.training.global_batch_size):
             values["training.max_steps"] = -1  # num_train_epochs decides

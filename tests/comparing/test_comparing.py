@@ -16,6 +16,7 @@ from orpo_lite.comparing.answers import reply_tokens
 from orpo_lite.comparing.arms import ARMS, arm_recipe, choose_arms, read_words
 from orpo_lite.comparing.compare import compare_events
 from orpo_lite.comparing.cost import sequences_of
+from orpo_lite.comparing.task import prepare_task
 from orpo_lite.data.dataset import PromptTokenizer
 from orpo_lite.data.pair import Pair
 from orpo_lite.data.pairs import PairReader
@@ -252,6 +253,20 @@ def test_each_arm_has_the_settings_of_its_loss_and_what_a_person_gives() -> None
     assert arm_recipe("opt-125m", own, ARMS["dpo"], 7).training.learning_rate == 3e-5
     assert all(recipe.training.seed == 7 for recipe in recipes.values())
     assert sequences_of(recipes["simpo"]) == (2, 0)
+
+
+def test_ppo_reads_a_reward_model_that_never_saw_the_data_of_the_judge() -> None:
+    task = prepare_task("demo", ["reward:training.max_steps=9"], arms="orpo,ppo", seeds=2, rounds=1,
+                        prompts=None, max_new_tokens=8, out="ppo")  # fmt: skip
+    names = [run.name for run in task.runs]
+    assert names == ["judge", *(f"{arm}-seed{seed}" for arm in ("sft", "reward", "orpo", "ppo") for seed in (42, 43))]  # fmt: skip
+    recipes = {run.name: task.run_recipe(run, "base", 100) for run in task.runs}
+    data = {name: Path(recipe.data.names[0]).stem for name, recipe in recipes.items()}
+    assert (data["judge"], data["reward-seed43"], data["ppo-seed43"]) == ("judge", "arms", "arms")
+    ppo = recipes["ppo-seed43"]
+    read = (ppo.model.adapter_name_or_path, ppo.loss.reward_adapter_name_or_path)
+    assert [Path(name or "").parent.name for name in read] == ["sft-seed43", "reward-seed43"]
+    assert recipes["reward-seed42"].training.max_steps == 9
 
 
 @pytest.mark.parametrize(
