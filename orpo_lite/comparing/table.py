@@ -205,9 +205,11 @@ def decide(
         most = max(len(found) for found in beaten.values())
         best = [name for name in names if len(beaten[name]) == most]
         unclear = [win for win in unclear if win.model in best or win.against in best]
-        first = f"cannot tell which arm is best; {_and(best)} "
-        first += "has" if len(best) == 1 else "each have" if len(best) > 2 else "both have"
-        first += f" the most clear wins ({most} of {len(names) - 1})"
+        first = "cannot tell which arm is best: no arm clearly wins against another"
+        if most:
+            have = "has" if len(best) == 1 else "each have" if len(best) > 2 else "both have"
+            wins_of = f"the most clear wins ({most} of {len(names) - 1})"
+            first = f"cannot tell which arm is best; {_and(best)} {have} {wins_of}"
     sentences = [first, *map(_unclear, unclear)]
     decided = [win for win in wins if winner in (win.model, win.against)]
     sentences += [text for win in decided if (text := _by_length(win))]
