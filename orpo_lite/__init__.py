@@ -3,7 +3,8 @@
 The table lists the packages by layer. A package imports only from lower layers: a test,
 tests/test_layout.py, checks this.
 
-8  cli (__main__)                                the command line; only this package prints
+9  cli (__main__)                                the command line; only this package prints
+8  comparing                                     several trainings and a judge of their answers
 7  api  doctor                                   tasks that use several packages
 6  planning  training  evaluation                one task each; they do not import each other
 6  merging  exporting  publishing
@@ -43,12 +44,14 @@ _EXPORTS = {
     "generate": "orpo_lite.api",
     "verify": "orpo_lite.api",
     "evaluate": "orpo_lite.evaluation.evaluate",
+    "compare": "orpo_lite.comparing.compare",
     "score": "orpo_lite.evaluation.rewards",
     "export": "orpo_lite.exporting.targets",
     "push": "orpo_lite.publishing.push",
     "report": "orpo_lite.evaluation.report",
 }
 __all__ = [
+    "compare",
     "evaluate",
     "export",
     "generate",

@@ -146,7 +146,8 @@ def test_the_wheel_holds_the_package_the_licence_and_nothing_else(wheel: Path) -
             "orpo_lite/py.typed",
             "orpo_lite/base/bases.json",
             *(f"orpo_lite/evaluation/report{end}" for end in (".css", ".html", ".js")),
-            "orpo_lite/evaluation/report_body.html",
+            "orpo_lite/comparing/compare_body.html",
+            *(f"orpo_lite/evaluation/report_{part}.html" for part in ("body", "charts")),
             "orpo_lite/recipe/gpu_sizes.json",
         }
         assert ours == modules | recipes | written

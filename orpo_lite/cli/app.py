@@ -27,7 +27,7 @@ BEFORE, DURING, RESULTS, AFTER = "Before training", "Train", "Results", "After t
 ORDER = (
     *("recipes", "data", "plan", "doctor"),
     "train",
-    *("eval", "score", "report", "generate", "chat"),
+    *("eval", "compare", "score", "report", "generate", "chat"),
     *("merge", "export", "push"),
 )
 

@@ -32,10 +32,10 @@ Better = Literal["low", "high", ""]
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: one value for each step."""
+    """A curve: one value for each step, or for each value of the chart's x axis."""
 
     label: str
-    steps: Sequence[int]
+    steps: Sequence[float]
     values: Sequence[float]
     """NaN where a value is missing or not finite."""
     colour: int
@@ -77,6 +77,8 @@ class Chart:
     percent: bool = False
     level: tuple[str, float] | None = None
     """Label and value of a horizontal line."""
+    axis: str = "step"
+    """What the x axis shows. Steps are whole numbers."""
 
     def text(self, value: float) -> str:
         """Return a value as text, rounded for reading: ``0.12345`` -> ``0.123``."""
@@ -87,6 +89,11 @@ class Chart:
         if abs(value) >= 1000:
             return f"{value:,.0f}"
         return f"{value:.3g}".replace("-", "\u2212") if value < 0 else f"{value:.3g}"
+
+    def _place(self, x: float) -> str:
+        """Return a place on the x axis as text: ``step 1,000``."""
+        text = f"{x:,}" if self.axis == "step" else f"{x:.3g}".replace("-", "\u2212")
+        return f"{self.axis} {text}"
 
     def summary(self) -> list[str]:
         """Return a sentence for each line: its first, last and extreme values.
@@ -101,14 +108,14 @@ class Chart:
                 sentences.append(f"{line.label}: no finite value")
                 continue
             first, last = values[known[0]], values[known[-1]]
-            steps = f"step {line.steps[known[0]]:,} to step {line.steps[known[-1]]:,}"
+            steps = f"{self._place(line.steps[known[0]])} to {self._place(line.steps[known[-1]])}"
             text = f"{line.label}: {self.text(first)} → {self.text(last)} ({steps})"
             if self.better != "high":
                 low = known[np.argmin(values[known])]
-                text += f", lowest {self.text(values[low])} at step {line.steps[low]:,}"
+                text += f", lowest {self.text(values[low])} at {self._place(line.steps[low])}"
             if self.better != "low":
                 high = known[np.argmax(values[known])]
-                text += f", highest {self.text(values[high])} at step {line.steps[high]:,}"
+                text += f", highest {self.text(values[high])} at {self._place(line.steps[high])}"
             sentences.append(text + (f"; means of {width} steps" if width > 1 else ""))
         if self.level:
             sentences.append(f"{self.level[0]}: {self.text(self.level[1])}")
@@ -129,11 +136,17 @@ class Chart:
         else:
             shown = [steps[index] for index in picked]
         columns = [dict(zip(line.steps, line.smooth[0], strict=True)) for line in self.lines]
-        rows = [[f"{s:,}", *(self.text(c.get(s, np.nan)) for c in columns)] for s in shown]
-        return ["step", *(line.label for line in self.lines)], rows
+        rows = [
+            [
+                self._place(step).removeprefix(f"{self.axis} "),
+                *(self.text(column.get(step, np.nan)) for column in columns),
+            ]
+            for step in shown
+        ]
+        return [self.axis, *(line.label for line in self.lines)], rows
 
 
-def extremes(steps: Sequence[int], values: Sequence[float] | Array) -> tuple[Array, Array]:
+def extremes(steps: Sequence[float], values: Sequence[float] | Array) -> tuple[Array, Array]:
     """Return the steps and values of a line, with fewer points if it is long.
 
     A line of more than ``2 * DRAWN`` points is divided into parts. The first and the last point of
@@ -193,7 +206,7 @@ def draw(chart: Chart) -> str:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         axes.yaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=chart.axis == "step"))
         if entries > 1:
             figure.legend(
                 loc="upper left",

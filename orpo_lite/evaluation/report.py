@@ -168,13 +168,13 @@ def make_body(
 ) -> Markup:
     """Return the visible content of the page. On a live page, a script replaces it."""
     # matplotlib escapes the texts in its pictures.
-    charts = [_with_picture(chart, Markup(draw(chart))) for chart in make_charts(records)]  # noqa: S704
+    charts = [with_picture(chart, Markup(draw(chart))) for chart in make_charts(records)]  # noqa: S704
     labels = _labels(records)
     runs = [
         run_texts(record, label, data_texts) for record, label in zip(records, labels, strict=True)
     ]
     differing = differing_settings(records, labels, data_texts) if len(runs) > 1 else []
-    return _render(
+    return render(
         "report_body.html",
         title=_title(records),
         runs=runs,
@@ -188,19 +188,22 @@ def make_body(
 
 def wrap_body(body: Markup, records: Sequence[RunRecord], *, live: bool = False) -> str:
     """Return the whole page with the given body. Only a page with ``live=True`` has a script."""
-    return _render("report.html", title=_title(records), body=body, live=live)
+    return render("report.html", title=_title(records), body=body, live=live)
 
 
 def _title(records: Sequence[RunRecord]) -> str:
     return records[0].name if len(records) == 1 else f"{len(records)} runs"
 
 
-def _render(template: str, **values: Any) -> Markup:
-    """Return a template of this folder with the values filled in. Every text is escaped."""
+def render(template: str, *folders: Path, **values: Any) -> Markup:
+    """Return a template of this folder with the values filled in. Every text is escaped.
+
+    ``folders``: further folders with templates.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([Path(__file__).parent, *folders]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -286,7 +289,8 @@ def _series(record: RunRecord, key: str) -> tuple[list[int], list[float]]:
     return [row["step"] for row in rows], values
 
 
-def _with_picture(chart: Chart, picture: object) -> dict[str, Any]:
+def with_picture(chart: Chart, picture: object) -> dict[str, Any]:
+    """Return what report_charts.html shows of a chart. ``picture``: the chart as SVG."""
     header, rows = chart.table()
     return {
         "key": chart.key,

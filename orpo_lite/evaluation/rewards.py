@@ -126,7 +126,7 @@ def score_events(
     _check_reading(opened)
     task, drops = f"scoring the replies of {data}", Drops()
     with (
-        _tokenizer(opened) as tokenizer,
+        reply_tokenizer(opened) as tokenizer,
         explain_out_of_memory(task, "enough memory for one reply at a time"),
     ):
         scorer = _Scorer(opened, tokenizer, recipe)
@@ -200,7 +200,7 @@ def _target(found: FoundModel, to: str | Path | None, data: str) -> Path:
     return target
 
 
-def _tokenizer(opened: OpenRun) -> PromptTokenizer:
+def reply_tokenizer(opened: OpenRun) -> PromptTokenizer:
     """Return a tokenizer with the run's template. It cuts a reply at the model's positions."""
     tokenizer = opened.prompt_tokenizer()
     positions = getattr(opened.base.config.get_text_config(), "max_position_embeddings", None)
