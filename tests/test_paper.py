@@ -144,6 +144,7 @@ def test_missing_models_and_data_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_a_small_study_of_real_pairs(
     tmp_path: Path, token_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,14 +76,7 @@ def _column(row: Row) -> str:
 def _pairs(data: DataSection, source: Source, drops: Drops) -> Iterator[Replies]:
     reader = PairReader(data, [source])
     reader.drops = drops
-    pairs = iter(reader)
-    while True:
-        try:
-            pair = next(pairs, None)
-        except DataError as fault:
-            raise fault if reader.read else _unknown(source, fault) from None
-        if pair is None:
-            return
+    for pair in reader:
         replies = {
             name: [{"role": "assistant", "content": text}]
             for name, text in zip(PAIR, (pair.chosen, pair.rejected), strict=True)
@@ -91,16 +84,6 @@ def _pairs(data: DataSection, source: Source, drops: Drops) -> Iterator[Replies]
         row = {"where": pair.where, "prompt": [*pair.messages], **replies}
         texts = (pair.chosen, pair.rejected)
         yield Replies(pair.where, pair.messages, pair.prompt_text, texts, row, "pair")
-
-
-def _unknown(source: Source, fault: DataError) -> DataError:
-    """Return an error about a dataset that has no replies to score. ``fault``: why no pairs."""
-    return DataError(
-        where=source.name,
-        found=f"has no replies that can be scored ({fault.found})",
-        expected=f"rows with {COLUMNS}",
-        fix="rename the columns of the data",
-    )
 
 
 def _rows(data: DataSection, source: Source) -> Iterator[Replies]:

@@ -132,7 +132,7 @@ def score_events(
         scorer = _Scorer(opened, tokenizer, recipe)
         total, done = sum(count for _, count in rows), 0
         replies = read_replies(recipe.data, sources, drops)
-        while block := list(islice(replies, BLOCK)):
+        while block := _next(replies, data, is_first=not done):
             yield Update("stage", task, done, max(total, done))
             if not progress.has(done + len(block)):
                 progress.add(done, scorer.lines(block))
@@ -142,6 +142,26 @@ def score_events(
     for reason, count in progress.reasons.items():
         yield Update("note", f"rows with a reply that has no reward: {count:,} ({reason})")
     return progress.finish(data)
+
+
+def _next(replies: Iterator[Replies], data: str, *, is_first: bool) -> list[Replies]:
+    """Return the next block of rows.
+
+    Raises:
+        DataError: rows cannot be read. If the first ones have no known columns, the error names the
+            columns that are read here, and not settings of a training.
+    """
+    try:
+        return list(islice(replies, BLOCK))
+    except DataError as fault:
+        if not is_first or "data." not in f"{fault.where} {fault.fix}":
+            raise
+        raise DataError(
+            where=data,
+            found=f"has no replies that can be scored ({fault.found})",
+            expected=f"rows with {COLUMNS}",
+            fix="rename the columns of the data",
+        ) from None
 
 
 def _check_reading(opened: OpenRun) -> None:

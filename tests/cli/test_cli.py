@@ -138,12 +138,12 @@ def test_ls_lists_every_recipe_with_its_headline_base_beta_and_gpu(call: Call) -
             load_recipe(name),
             path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "),
         )
-        base, beta = recipe.model.model_name_or_path, f"{recipe.loss.beta:g}"
+        has_beta = recipe.loss.type not in ("sft", "reward")
         assert re.split(r"  +", line) == [
             name,
-            base,
+            recipe.model.model_name_or_path,
             recipe.loss.type,
-            beta,
+            *([f"{recipe.loss.beta:g}"] if has_beta else []),
             gpu_sizes()[name],
             headline,
         ]

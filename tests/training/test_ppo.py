@@ -99,14 +99,14 @@ def ppo(small_recipe: Build, reward: TrainResult, *more: str) -> Recipe:
 def test_ppo_starts_exactly_and_resumes_with_the_same_bits(
     small_recipe: Build, reward: TrainResult
 ) -> None:
-    more = ("training.max_steps=6",)
+    more = ("training.max_steps=3", "training.global_batch_size=8", "loss.num_ppo_epochs=2")
     run = train(ppo(small_recipe, reward, *more, "training.output_dir=ppo")).run
     rows = [row for row in read_metrics(run) if "loss" in row]
     assert all(row["val/ratio_first"] == 1 for row in rows)
     assert rows[0]["objective/kl"] == 0
     assert rows[-1]["objective/kl"] > 0
     assert rows[-1]["objective/kl_coef"] != 0.02
-    killed = stop_at(3, ppo(small_recipe, reward, *more, "training.output_dir=b"))
+    killed = stop_at(2, ppo(small_recipe, reward, *more, "training.output_dir=b"))
     assert same_bits(go_on(killed)[1].run, run)
 
 

@@ -267,7 +267,9 @@ def test_named_templates_stay_with_the_model(as_files: bool, small_recipe: Build
         name: text if name == "rag" else "{{ bos_token }}" + text for name, text in NAMED.items()
     }
     if not as_files:
-        texts, _ = make_adapter_files(run_to_end(prepare_inputs(recipe), lambda _: None))
+        texts, _ = make_adapter_files(
+            run_to_end(prepare_inputs(recipe), lambda _: None), is_reward_model=False
+        )
         assert texts["additional_chat_templates/tool_use.jinja"].decode() == expected["tool_use"]
         return
     train(recipe)
