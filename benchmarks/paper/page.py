@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.experiments import EXPERIMENTS, PAIRS
 from benchmarks.paper.figures import draw
 
 INTRO = """\
@@ -69,19 +69,27 @@ def verdict_text(found: Mapping[str, Any]) -> str:
     verdicts = found["verdicts"]
     if len({*verdicts.values()}) == 1:
         return str(next(iter(verdicts.values())))
-    return ", ".join(f"{verdict} ({pairs} pairs)" for pairs, verdict in verdicts.items())
+    return ", ".join(
+        f"{verdict} ({pairs} pairs)" if pairs in PAIRS else f"{verdict} ({pairs})"
+        for pairs, verdict in verdicts.items()
+    )
 
 
 def _common(result: Mapping[str, Any]) -> Iterator[str]:
     yield "## What is trained\n"
     settings = result["settings"]
     yield _paragraph(
-        f"All trainings have the same settings: {settings['epochs']:g} epochs, batches of "
+        f"All trainings but those of E5 and E6 have the same settings: "
+        f"{settings['epochs']:g} epochs, batches of "
         f"{settings['batch']} pairs, AdamW with a learning rate of {settings['learning_rate']:g} "
         f"(warm-up of 10%, then cosine), and a LoRA adapter of rank {settings['rank']} on all "
         "linear layers of a base in 32 bit. The last adapter is measured, not the best one. All "
         "arms of a seed see the same pairs in the same order. The number of epochs was chosen by a "
         "pilot of SFT: in the third epoch, its held-out NLL fell by 0.01."
+    )
+    yield _paragraph(
+        "E5 and E6 have trainings of their own, on fewer and shorter pairs; they are described "
+        "there."
     )
     yield "| base | arm | seed | pairs | held out | steps | seconds |"
     yield "|---|---|---|---|---|---|---|"
@@ -114,9 +122,12 @@ def _section(
     yield f"## {name}: {experiment.title}\n"
     yield _paragraph(f"**Claim** ({experiment.source}). {experiment.claim}")
     yield _paragraph(f"**Set-up.** {experiment.setup}{_sizes(experiment.arms, trainings)}")
+    if found.get("note"):
+        yield _paragraph(f"**Measured.** {found['note']}")
     if found["plot"]:
         yield f"![{experiment.title}]({folder}/{name.lower()}.svg)\n"
     yield from _ends(found["plot"].get("ends", {}))
+    yield from _table(found.get("table", ()))
     yield "| statement | measured on | value | 95% interval | each seed | verdict |"
     yield "|---|---|---|---|---|---|"
     yield from (_row(check) for check in found["checks"])
@@ -136,6 +147,16 @@ def _ends(ends: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[str]:
         values = [_number(value) for kind in kinds for value in found[kind]]
         yield f"| {label} | {' | '.join(values)} |"
     yield ""
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield a table. Its first row has the names of the columns."""
+    for number, row in enumerate(rows):
+        yield f"| {' | '.join(row)} |"
+        if number == 0:
+            yield f"|{'---|' * len(row)}"
+    if rows:
+        yield ""
 
 
 def _sizes(arms: Sequence[tuple[Any, str]], trainings: Sequence[Mapping[str, Any]]) -> str:
