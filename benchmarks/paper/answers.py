@@ -46,6 +46,9 @@ DRAWN = ("sft", "dpo", "ppo", "orpo")
 SHORT = Base("stories260k", 384, 256)
 """Shorter pairs than in the other experiments: six arms are trained, and a judge."""
 PROMPTS, ROUNDS, TOKENS, PPO_STEPS = 120, 3, 48, 24
+JUDGE_RATE = 1e-3
+"""Of 1e-4, 3e-4, 1e-3 and 3e-3, the one with the lowest loss of the judge on the pairs of the
+evaluations, which are not those that test it."""
 BINS = 24
 
 
@@ -80,9 +83,13 @@ def compared(study: Study) -> Compared:
     words = [
         f"ppo:loss.response_length={TOKENS}",
         f"ppo:training.max_steps={PPO_STEPS}",
-        # The judge and PPO's reward model are instruments, so the best of their adapters is used.
-        "judge:training.load_best_model_at_end=true",
     ]
+    # The judge and PPO's reward model are instruments, so the best of their adapters is used.
+    for model in ("judge", "reward"):
+        words += [
+            f"{model}:training.learning_rate={JUDGE_RATE}",
+            f"{model}:training.load_best_model_at_end=true",
+        ]
     began, seen = time.monotonic(), set[str]()
 
     def show(update: Update) -> None:

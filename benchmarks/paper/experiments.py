@@ -404,11 +404,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         "start from the adapter of SFT. Three epochs, but one for SFT, and "
         f"{answers.PPO_STEPS} steps for PPO. The last adapter of each arm is measured. DPO, SimPO "
         "and PPO have a tenth of the learning rate of SFT and ORPO, because their losses have no "
-        "NLL. The judge is a reward model of the same base, trained on other prompts; of its "
-        "adapters the one with the lowest loss on the evaluation pairs is used. PPO has a reward "
-        "model of its own. A tie counts as half a win. SimPO is not in the paper; it is reported.",
+        "NLL. The judge is a reward model of the same base, trained on other prompts. PPO has a "
+        "reward model of its own, trained like the judge, but on the pairs of the arms. Both have "
+        f"a learning rate of {answers.JUDGE_RATE:g}, the best of four by the judge's loss on the "
+        "evaluation pairs, and keep the adapter with the lowest such loss. A tie counts as half a "
+        "win. SimPO is not in the paper; it is reported.",
         "A judge of a story model sees little more than style, and an accuracy near 50% means that "
-        "it does not measure what people prefer. A win is then a difference of the rewards, and no "
+        "it does not measure what people prefer. A win is then a difference of rewards, and not a "
         "better answer. There is one training of each arm and one judge, so their errors are not "
         "in the intervals. No learning rate was searched: an arm that loses may need another. "
         "PPO had few steps and short answers. Most answers are cut at the largest length. The "

@@ -12,10 +12,10 @@ INTRO = """\
 # The paper's claims, tried
 
 The [ORPO paper](https://arxiv.org/abs/2403.07691) trains models of 125M to 7B parameters on GPUs.
-This page tries its claims about the loss at the scale of a workstation, with orpo-lite. It is
-written by the command that measures, so that text and figures agree:
+This page tries its claims at the scale of a workstation, with orpo-lite. It is written by the
+command that measures, so that text and figures agree:
 
-```sh not run: trains for half an hour, and needs the models and pairs that it names
+```sh not run: trains for more than an hour, and needs models and pairs
 python -m benchmarks.paper --json benchmarks/results/paper.json --write docs/paper.md
 ```
 
