@@ -413,8 +413,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "it does not measure what people prefer. A win is then a difference of rewards, and not a "
         "better answer. There is one training of each arm and one judge, so their errors are not "
         "in the intervals. No arm's learning rate was searched: one that loses may need another. "
-        "PPO had few steps and short answers. Most answers are cut at the largest length. The "
-        "paper's judge has 1.3B parameters, and later tables, such as that of SimPO (arXiv "
+        "PPO had few steps and short answers. Nearly all answers are cut at the largest length. "
+        "The paper's judge has 1.3B parameters, and later tables, such as that of SimPO (arXiv "
         "2405.14734), have DPO ahead of ORPO.",
         wins,
         seeds="ablation_seeds",

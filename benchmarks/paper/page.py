@@ -28,7 +28,8 @@ VERDICTS = """\
 A verdict is about a statement on a measured value. **Holds**: the 95% interval and the value of
 each training are on the claimed side. **Does not hold**: all of them are on the other side.
 **Cannot tell**: anything else. If a claim consists of several statements, it holds if all of them
-hold, and does not hold if one of them does not hold.
+hold, and does not hold if one of them does not hold. E5 needs a judge that is clearly better than
+chance; without one, its verdicts are "cannot tell".
 
 The interval is a bootstrap over prompts. It shows the error that comes from the sample of pairs.
 The spread over the seeds shows the error that comes from the training: a seed changes the order of
