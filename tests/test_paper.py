@@ -2,17 +2,23 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED
 
-from benchmarks.paper import cost, experiments, page, study
+from benchmarks.paper import answers, cost, experiments, page, study
+from benchmarks.paper.answers import ARMS, Compared, across_inputs, cosines
 from benchmarks.paper.check import Check, over_pairs, together
 from benchmarks.paper.experiments import EXPERIMENTS, Outcome
 from benchmarks.paper.study import Base, Run, Scores, Study
+from orpo_lite.comparing.diversity import diversity
+from orpo_lite.comparing.table import Comparison, Judge
+from orpo_lite.comparing.win_rates import Sampled, win_rate
 from orpo_lite.errors import DataError, ModelError, RecipeError
+from orpo_lite.evaluation.intervals import Interval
 
 PAIRS = 40
 START = (-4.0, -4.0)
@@ -73,6 +79,77 @@ def test_each_verdict_follows_the_numbers(name: str) -> None:
     assert verdicts(AS_CLAIMED) == {"holds"}
     assert verdicts(REVERSED) == {"does not hold"}
     assert "holds" not in verdicts(AS_CLAIMED, noise=20.0)
+
+
+def planted_answers(
+    better: float, accuracy: tuple[float, float, float], *, alike: str = "orpo"
+) -> Compared:
+    """A comparison with planted numbers.
+
+    ``better``: by how much the rewards of ORPO are higher. ``accuracy``: of the judge, with its
+    interval. ``alike``: the arm whose answers depend on the prompt alone.
+    """
+    rng = np.random.default_rng(0)
+    rewards = {name: rng.standard_normal((3, PAIRS)) for name in ARMS}
+    rewards["orpo"] += better
+    numbers = {
+        name: Sampled(name, values[None], rng.integers(20, 40, (1, 3, PAIRS)).astype(float))
+        for name, values in rewards.items()
+    }
+    *others, orpo = numbers.values()
+    by_prompt = np.tile(rng.standard_normal((PAIRS, 16)), (3, 1, 1))
+    by_chance = 1 + 0.7 * rng.standard_normal((3, PAIRS, 16))
+    vectors = {"orpo": by_prompt, "dpo": by_chance}
+    if alike != "orpo":
+        vectors = {"orpo": by_chance, "dpo": by_prompt}
+    result = Comparison(
+        folder=Path(),
+        judge=Judge(Interval(*accuracy), PAIRS, PAIRS),
+        arms=[],
+        wins=[win_rate(orpo, other) for other in others],
+        winner=None,
+        verdict=[],
+        embedding="",
+        prompts=PAIRS,
+        rounds=3,
+        seeds=1,
+        temperature=1.0,
+    )
+    pairs = dict.fromkeys(("arms", "judge", "validation", "test"), PAIRS)
+    return Compared(result, vectors, rewards, pairs, 60.0)
+
+
+GOOD_JUDGE, POOR_JUDGE = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65)
+
+
+def test_the_verdicts_about_answers_follow_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verdicts(name: str, found: Compared) -> list[str]:
+        monkeypatch.setattr(answers, "compared", lambda _: found)
+        return [*EXPERIMENTS[name].measure(planted({})).to_json()["verdicts"].values()]
+
+    better, worse = (planted_answers(by, GOOD_JUDGE) for by in (1.5, -1.5))
+    assert verdicts("E5", better) == ["holds"] * 4
+    assert verdicts("E5", worse) == ["does not hold"] * 4
+    for by in (1.5, -1.5):
+        assert verdicts("E5", planted_answers(by, POOR_JUDGE)) == ["cannot tell"] * 4
+    assert "decide nothing" in answers.describe_wins(planted_answers(1.5, POOR_JUDGE))
+
+    assert verdicts("E6", better) == ["holds"] * 2
+    other = planted_answers(1.5, POOR_JUDGE, alike="dpo")
+    assert verdicts("E6", other) == ["does not hold"] * 2
+    twins = np.random.default_rng(1).standard_normal((2, 3, PAIRS, 16))
+    mixed = replace(better, vectors=dict(zip(("orpo", "dpo"), twins, strict=True)))
+    assert verdicts("E6", mixed) == ["cannot tell"] * 2
+
+
+def test_the_similarity_across_prompts_is_that_of_the_comparison() -> None:
+    vectors = np.random.default_rng(0).standard_normal((2, PAIRS, 16)) + 0.3
+    found = across_inputs(cosines(vectors[0]))
+    assert found.value == pytest.approx(diversity(vectors).aid, abs=1e-12)
+    without = diversity(np.delete(vectors, 7, axis=1)).aid
+    assert found.without_M[7] == pytest.approx(without, abs=1e-12)
+    # A prompt that is drawn twice would be alike to itself, and would raise the mean.
+    assert found.resampled_B.mean() == pytest.approx(found.value, abs=0.01)
 
 
 @pytest.mark.parametrize(

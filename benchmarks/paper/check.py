@@ -36,18 +36,20 @@ class Check:
     are equal, the statement is true if the value is equal to them."""
     is_claim: bool = True
     """False: reported next to the claim, and not part of its verdict."""
+    is_trusted: bool = True
+    """False: what measured the value is not clearly better than chance, so there is no verdict."""
 
     @property
     def verdict(self) -> Verdict:
         """Return whether the statement is true.
 
         ``holds``: the interval and the value of each training lie within the bounds. ``does not
-        hold``: the interval and the value of each training lie outside, on the same side. Else
-        ``cannot tell``.
+        hold``: the interval and the value of each training lie outside, on the same side. Else,
+        and for a value that is not trusted, ``cannot tell``.
         """
         ends = [self.value if end is None else end for end in (self.low, self.high)]
         known = np.array([*ends, self.value, *self.each])
-        if not np.isfinite(known).all():
+        if not (self.is_trusted and np.isfinite(known).all()):
             return "cannot tell"
         minimum = -np.inf if self.minimum is None else self.minimum
         maximum = np.inf if self.maximum is None else self.maximum

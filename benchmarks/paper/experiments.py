@@ -1,8 +1,4 @@
-"""The experiments: what the paper claims, and what is measured here.
-
-An experiment that compares answers (E5: Tables 2 and 3, win rates; E6: Table 4, diversity) is added
-to :data:`EXPERIMENTS` like the others, with its arms in :data:`benchmarks.paper.study.ARMS`.
-"""
+"""The experiments: what the paper claims, and what is measured here."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.paper import cost, graders
+from benchmarks.paper import answers, cost, graders
 from benchmarks.paper.check import Check, over_pairs, together
 from benchmarks.paper.study import MAIN, SECOND, Base, Run, Scores, Study
 
@@ -28,6 +24,10 @@ class Outcome:
     checks: Sequence[Check]
     plot: Mapping[str, Any] = field(default_factory=dict)
     """The data of the plot; see :mod:`benchmarks.paper.figures`."""
+    note: str = ""
+    """Sentences about the measurement; "" for none."""
+    table: Sequence[Sequence[str]] = ()
+    """A table of what was measured. Its first row has the names of the columns."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the checks, the verdict of each kind of pairs, and the data of the plot."""
@@ -40,6 +40,8 @@ class Outcome:
             "verdicts": verdicts,
             "checks": [check.to_json() for check in self.checks],
             "plot": self.plot,
+            "note": self.note,
+            "table": self.table,
         }
 
 
@@ -280,6 +282,28 @@ def ratio(study: Study) -> Outcome:
     return Outcome(checks, curves(lines))
 
 
+def wins(study: Study) -> Outcome:
+    """Compare ORPO with the other arms by the rewards that a judge gives to their answers."""
+    found = answers.compared(study)
+    return Outcome(
+        answers.check_wins(found),
+        answers.plot_of_wins(found),
+        answers.describe_wins(found),
+        answers.table_of_wins(found),
+    )
+
+
+def diversity(study: Study) -> Outcome:
+    """Compare how much the answers of ORPO and of DPO differ, for one prompt and across prompts."""
+    found = answers.compared(study)
+    return Outcome(
+        answers.check_diversity(found),
+        answers.plot_of_diversity(found),
+        answers.describe_diversity(found),
+        answers.table_of_diversity(found),
+    )
+
+
 def passes(study: Study) -> Outcome:
     """Count the rows of a step of ORPO and of DPO, and time the steps."""
     checks, plot = cost.compare(study)
@@ -365,6 +389,52 @@ EXPERIMENTS: dict[str, Experiment] = {
         ratio,
         ((MAIN, "orpo-1"), (MAIN, "pr-mean"), (MAIN, "pr-sum")),
         "ablation_seeds",
+    ),
+    "E5": Experiment(
+        "ORPO wins against SFT, DPO and PPO",
+        "Tables 2 and 3, Figs. 5 and 11",
+        "A reward model prefers the answers of ORPO to those of SFT (69 to 84% of the pairs of "
+        "answers), to those of PPO (66 to 86%), and to those of DPO: with OPT-1.3B (58 and 71%), "
+        "and more so as the model grows; with the smaller models it is 42 to "
+        "51%. The paper trains ORPO for up to ten epochs and SFT for one. It has no SFT with as "
+        "many epochs: that arm is added here, because without it a win over SFT may only show more "
+        "training.",
+        "`orpo-lite compare` on stories260k and pairs of at most "
+        f"{answers.SHORT.max_length} tokens. λ is 1, as for OPT in the paper. DPO, SimPO and PPO "
+        "start from the adapter of SFT. Three epochs, but one for SFT, and "
+        f"{answers.PPO_STEPS} steps for PPO. The last adapter of each arm is measured. DPO, SimPO "
+        "and PPO have a tenth of the learning rate of SFT and ORPO, because their losses have no "
+        "NLL. The judge is a reward model of the same base, trained on other prompts. PPO has a "
+        "reward model of its own, trained like the judge, but on the pairs of the arms. Both have "
+        f"a learning rate of {answers.JUDGE_RATE:g}, the best of four by the judge's loss on the "
+        "evaluation pairs, and keep the adapter with the lowest such loss. A tie counts as half a "
+        "win. SimPO is not in the paper; it is reported.",
+        "A judge of a story model sees little more than style, and an accuracy near 50% means that "
+        "it does not measure what people prefer. A win is then a difference of rewards, and not a "
+        "better answer. There is one training of each arm and one judge, so their errors are not "
+        "in the intervals. No arm's learning rate was searched: one that loses may need another. "
+        "PPO had few steps and short answers. Nearly all answers are cut at the largest length. "
+        "The paper's judge has 1.3B parameters, and later tables, such as that of SimPO (arXiv "
+        "2405.14734), have DPO ahead of ORPO.",
+        wins,
+        seeds="ablation_seeds",
+    ),
+    "E6": Experiment(
+        "Diversity of the answers of ORPO and DPO",
+        "Table 4, Section 6.3",
+        "The answers of ORPO to one prompt are more alike than those of DPO (higher per-input "
+        "diversity PID), and its answers to different prompts are less alike (lower across-input "
+        "diversity AID).",
+        "PID is the mean cosine of the embeddings of the answers to the same prompt, and AID that "
+        "of the first answers to different prompts (Eq. 12 to 15). A high value means little "
+        "diversity. The intervals are over prompts; both arms answer the same prompts with the "
+        "same random numbers.",
+        "There is one training of each arm, so the error of the training is not measured. The "
+        "answers are short, and those of a story model have little to do with the prompt, so AID "
+        "measures style more than content. The paper's Phi-2 and Llama-2 answer prompts of "
+        "AlpacaEval.",
+        diversity,
+        seeds="ablation_seeds",
     ),
     "E7": Experiment(
         "Passes through the model",

@@ -37,6 +37,10 @@ def draw(name: str, plot: Mapping[str, Any], file: Path) -> None:
             figure = _densities(plot)
         elif "curves" in plot:
             figure = _curves(plot["curves"], PANELS[name])
+        elif "wins" in plot:
+            figure = _wins(plot)
+        elif "diversity" in plot:
+            figure = _diversity(plot["diversity"])
         else:
             figure = _bars(plot)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -85,4 +89,36 @@ def _bars(plot: Mapping[str, Any]) -> Figure:
         axes.invert_yaxis()
         axes.set_title(title, fontsize=9)
     all_axes[1].set_yticklabels([])
+    return figure
+
+
+def _wins(plot: Mapping[str, Any]) -> Figure:
+    figure, (axes, rewards) = _panels(2)
+    for place, (value, low, high) in enumerate(plot["wins"].values()):
+        low, high = (value if end is None else end for end in (low, high))
+        reach = [[100 * (value - low)], [100 * (high - value)]]
+        axes.errorbar(100 * value, place, xerr=reach, fmt="o", color="C0", capsize=3)
+    labels = [f"against {label}".replace(" with", "\nwith") for label in plot["wins"]]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.axvline(50, color="black", linewidth=0.8)
+    axes.set_xlim(0, 100)
+    axes.set_title("ORPO wins, % (95% interval)", fontsize=9)
+    for number, (label, density) in enumerate(plot["rewards"].items()):
+        style = {"linestyle": LINES[number % 4], "color": f"C{number}"}
+        rewards.stairs(density, plot["reward_edges"], label=label, **style)
+    rewards.set_title("density of the judge's rewards", fontsize=9)
+    rewards.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _diversity(found: Mapping[str, Any]) -> Figure:
+    figure, (axes,) = _panels(1)
+    figure.set_size_inches(5, 2.8)
+    for number, (label, (pid, aid)) in enumerate(found.items()):
+        style = {"marker": "os^Dvx"[number % 6], "color": f"C{number}", "linestyle": "none"}
+        axes.plot([pid], [aid], label=label, **style)
+    axes.set_xlabel("PID: answers to one prompt are alike")
+    axes.set_ylabel("AID: across prompts")
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -5,17 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.experiments import EXPERIMENTS, PAIRS
 from benchmarks.paper.figures import draw
 
 INTRO = """\
 # The paper's claims, tried
 
 The [ORPO paper](https://arxiv.org/abs/2403.07691) trains models of 125M to 7B parameters on GPUs.
-This page tries its claims about the loss at the scale of a workstation, with orpo-lite. It is
-written by the command that measures, so that text and figures agree:
+This page tries its claims at the scale of a workstation, with orpo-lite. It is written by the
+command that measures, so that text and figures agree:
 
-```sh not run: trains for half an hour, and needs the models and pairs that it names
+```sh not run: trains for more than an hour, and needs models and pairs
 python -m benchmarks.paper --json benchmarks/results/paper.json --write docs/paper.md
 ```
 
@@ -28,7 +28,8 @@ VERDICTS = """\
 A verdict is about a statement on a measured value. **Holds**: the 95% interval and the value of
 each training are on the claimed side. **Does not hold**: all of them are on the other side.
 **Cannot tell**: anything else. If a claim consists of several statements, it holds if all of them
-hold, and does not hold if one of them does not hold.
+hold, and does not hold if one of them does not hold. E5 needs a judge that is clearly better than
+chance; without one, its verdicts are "cannot tell".
 
 The interval is a bootstrap over prompts. It shows the error that comes from the sample of pairs.
 The spread over the seeds shows the error that comes from the training: a seed changes the order of
@@ -69,19 +70,27 @@ def verdict_text(found: Mapping[str, Any]) -> str:
     verdicts = found["verdicts"]
     if len({*verdicts.values()}) == 1:
         return str(next(iter(verdicts.values())))
-    return ", ".join(f"{verdict} ({pairs} pairs)" for pairs, verdict in verdicts.items())
+    return ", ".join(
+        f"{verdict} ({pairs} pairs)" if pairs in PAIRS else f"{verdict} ({pairs})"
+        for pairs, verdict in verdicts.items()
+    )
 
 
 def _common(result: Mapping[str, Any]) -> Iterator[str]:
     yield "## What is trained\n"
     settings = result["settings"]
     yield _paragraph(
-        f"All trainings have the same settings: {settings['epochs']:g} epochs, batches of "
+        f"All trainings but those of E5 and E6 have the same settings: "
+        f"{settings['epochs']:g} epochs, batches of "
         f"{settings['batch']} pairs, AdamW with a learning rate of {settings['learning_rate']:g} "
         f"(warm-up of 10%, then cosine), and a LoRA adapter of rank {settings['rank']} on all "
         "linear layers of a base in 32 bit. The last adapter is measured, not the best one. All "
         "arms of a seed see the same pairs in the same order. The number of epochs was chosen by a "
         "pilot of SFT: in the third epoch, its held-out NLL fell by 0.01."
+    )
+    yield _paragraph(
+        "E5 and E6 have trainings of their own, on fewer and shorter pairs; they are described "
+        "there."
     )
     yield "| base | arm | seed | pairs | held out | steps | seconds |"
     yield "|---|---|---|---|---|---|---|"
@@ -114,9 +123,12 @@ def _section(
     yield f"## {name}: {experiment.title}\n"
     yield _paragraph(f"**Claim** ({experiment.source}). {experiment.claim}")
     yield _paragraph(f"**Set-up.** {experiment.setup}{_sizes(experiment.arms, trainings)}")
+    if found.get("note"):
+        yield _paragraph(f"**Measured.** {found['note']}")
     if found["plot"]:
         yield f"![{experiment.title}]({folder}/{name.lower()}.svg)\n"
     yield from _ends(found["plot"].get("ends", {}))
+    yield from _table(found.get("table", ()))
     yield "| statement | measured on | value | 95% interval | each seed | verdict |"
     yield "|---|---|---|---|---|---|"
     yield from (_row(check) for check in found["checks"])
@@ -136,6 +148,16 @@ def _ends(ends: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[str]:
         values = [_number(value) for kind in kinds for value in found[kind]]
         yield f"| {label} | {' | '.join(values)} |"
     yield ""
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield a table. Its first row has the names of the columns."""
+    for number, row in enumerate(rows):
+        yield f"| {' | '.join(row)} |"
+        if number == 0:
+            yield f"|{'---|' * len(row)}"
+    if rows:
+        yield ""
 
 
 def _sizes(arms: Sequence[tuple[Any, str]], trainings: Sequence[Mapping[str, Any]]) -> str:

@@ -31,7 +31,7 @@ from orpo_lite.objectives.ppo import (
 )
 from orpo_lite.training.session import Session
 from orpo_lite.training.state import TrainState
-from orpo_lite.training.step import progress_metrics, set_learning_rate, update
+from orpo_lite.training.step import end_step, set_learning_rate, update
 from orpo_lite.updates import Update, staged
 
 MAX_HELD_OUT = 64
@@ -93,10 +93,10 @@ def take_ppo_step(
         kl_coef, rollout.kl, loss.kl_target, len(rollout.answers), loss.kl_horizon
     )
     finite = all(done.finite for done in updates)
-    state.count_step(sum(len(pair.chosen_ids) for pair in rollout.answers), finite=finite)
     metrics = _rollout_metrics(rollout, kl_coef) | _update_metrics(updates)
     metrics["objective/kl_coef"] = kl_coef
-    return metrics | progress_metrics(session, state, sum(rollout.lengths), began), finite
+    tokens = sum(len(pair.chosen_ids) for pair in rollout.answers)
+    return metrics | end_step(session, state, tokens, began, finite=finite), finite
 
 
 def evaluate_ppo(

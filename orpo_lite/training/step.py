@@ -66,8 +66,8 @@ def take_step(
         session.recipe.training.max_grad_norm,
     )
     tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch)
-    state.count_step(tokens, finite=finite)
-    return metrics | {"grad_norm": norm} | progress_metrics(session, state, tokens, began), finite
+    progress = end_step(session, state, tokens, began, finite=finite)
+    return metrics | {"grad_norm": norm} | progress, finite
 
 
 def accumulate(
@@ -177,17 +177,19 @@ def set_learning_rate(session: Session, step: int) -> None:
         group["lr"] = session.learning_rate(step)
 
 
-def progress_metrics(
-    session: Session, state: TrainState, tokens: int, began: float
+def end_step(
+    session: Session, state: TrainState, tokens: int, began: float, *, finite: bool
 ) -> dict[str, float]:
-    """Return the metrics of a finished step that do not depend on the objective.
+    """Count a step in the state. Return its metrics that do not depend on the objective.
 
     Args:
         session: the session.
-        state: the state after the step.
-        tokens: number of tokens of the step.
+        state: the state; changed in place.
+        tokens: number of tokens of the step, with those of the prompts.
         began: the time at which the step began, of ``time.monotonic``.
+        finite: whether loss and gradient of the step were finite.
     """
+    state.count_step(tokens, finite=finite)
     progress = {
         "learning_rate": session.learning_rate(state.step - 1),
         "num_tokens": state.num_tokens,

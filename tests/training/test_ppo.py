@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,12 +128,20 @@ def test_the_reward_of_64_answers_rises(
 
 
 def test_ppo_after_sft_has_the_start_as_its_reference(
-    small_recipe: Build, reward: TrainResult, trained: tuple[list[Any], TrainResult]
+    small_recipe: Build,
+    reward: TrainResult,
+    trained: tuple[list[Any], TrainResult],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for module, now in (("ppo", 0.0), ("step", 2.0)):  # a step takes 2 seconds
+        clock = SimpleNamespace(monotonic=lambda now=now: now)
+        monkeypatch.setattr(f"orpo_lite.training.{module}.time", clock)
     start = f"model.adapter_name_or_path={trained[1].run / 'adapter'}"
     more = (start, "lora.r=16", "training.max_steps=1", "training.output_dir=after")
     rows = read_metrics(train(ppo(small_recipe, reward, *more)).run)
     assert rows[0]["eval_objective/kl"] == 0
+    (step,) = (row for row in rows if "num_tokens" in row)
+    assert step["tokens_per_second"] == step["num_tokens"] / 2
     to_base = (*more[:3], "training.output_dir=to-base", "loss.reference_adapter_name_or_path=base")
     assert read_metrics(train(ppo(small_recipe, reward, *to_base)).run)[0]["eval_objective/kl"] != 0
 
