@@ -111,10 +111,15 @@ def reference_folder(recipe: Recipe) -> Path | None:
     By default the reference is the model before the first step: the adapter that the training
     starts from, or the base.
     """
-    loss = recipe.loss
-    is_named = loss.reference_adapter_name_or_path is not None
-    name = loss.reference_adapter if is_named else recipe.model.adapter_name_or_path
+    name = reference_name(recipe)
     return find_adapter(name) if name else None
+
+
+def reference_name(recipe: Recipe) -> str | None:
+    """Return the name of the reference model's adapter; None if the base is the reference."""
+    if recipe.loss.reference_adapter_name_or_path is not None:
+        return recipe.loss.reference_adapter
+    return recipe.model.adapter_name_or_path
 
 
 def base_of_adapter(folder: Path) -> str | None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
-from orpo_lite.base.adapter import INITIAL, find_adapter, note_on_base
+from orpo_lite.base.adapter import INITIAL, find_adapter, note_on_base, reference_name
 from orpo_lite.base.find import Base
 from orpo_lite.errors import FitError, ModelError, Overrides, first_line
 from orpo_lite.model.adapter import add_lora, load_adapter
@@ -84,8 +84,7 @@ def bare_pair_model(
         recipe = recipe.override({"lora.target_modules": "all-linear"})
     pair_model = _as_pair_model(bare_base(recipe, config, dtype, device), recipe, None)
     if recipe.loss.type == "ppo":
-        named = recipe.loss.reference_adapter_name_or_path or recipe.model.adapter_name_or_path
-        has_reference = named is not None and named != "base"
+        has_reference = reference_name(recipe) is not None
         add_ppo_adapters(pair_model, None, None, has_reference=has_reference)
     if device == META:  # a plan is about the steps, and the probe is over before them
         pair_model.drop_output_head()

@@ -4,7 +4,7 @@ All of them and the policy share one base. The policy is peft's adapter "default
 """
 
 import copy
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ def add_ppo_adapters(
         if reference:
             set_adapter(model, read_adapter(reference), REFERENCE)
     wrapped.set_adapter(POLICY)
+
+
+def use_reference(model: PairModel) -> AbstractContextManager[None]:
+    """Return a context in which the model is the reference model."""
+    wrapped: Any = model.model
+    return model.using(REFERENCE) if REFERENCE in wrapped.peft_config else model.without_adapter()
 
 
 def _add(model: PairModel, name: str, config: Any) -> None:

@@ -8,19 +8,17 @@ answers. Its result depends only on the recipe, the data, the step's number and 
 import hashlib
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from orpo_lite.base.adapter import reference_folder
 from orpo_lite.data.packing import Batching, PackedPairs, epoch_order, micro_batches, pack_pairs
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.generate import Answerer, Decoding
 from orpo_lite.model.held_out import score
 from orpo_lite.model.pair_model import VALUE
-from orpo_lite.model.ppo_adapters import REFERENCE, REWARD
+from orpo_lite.model.ppo_adapters import REWARD, use_reference
 from orpo_lite.objectives.ppo import (
     adapted_kl_coef,
     advantages,
@@ -143,7 +141,7 @@ def _roll_out(session: Session, pairs: Sequence[TokenizedPair], seed: tuple[int,
         # differently.
         logps.append(model.score(rows, model.route).detach())
         with torch.no_grad():
-            with _reference(session):
+            with use_reference(model):
                 refs.append(model.score(rows, model.route))
             with model.using(VALUE):
                 values.append(model.values(rows))
@@ -209,16 +207,6 @@ def _pack(answers: Sequence[TokenizedPair], session: Session) -> PackedPairs:
     """Return answers in one row on the model's device. Only their own tokens are scored."""
     rows = pack_pairs(answers, completion_only_loss=True, share=False)
     return rows.to(session.pair_model.device)
-
-
-@contextmanager
-def _reference(session: Session) -> Iterator[None]:
-    model = session.pair_model
-    context: AbstractContextManager[None] = model.without_adapter()
-    if reference_folder(session.recipe):
-        context = model.using(REFERENCE)
-    with context:
-        yield
 
 
 @dataclass(frozen=True)
