@@ -1,9 +1,10 @@
 """TRL's trainers of the other objectives as oracles: ten steps with equal losses and gradients."""
 
 import copy
+import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -11,30 +12,23 @@ import torch
 from conftest import byte_tokenizer, tiny_llama, write_pairs
 from datasets import load_dataset
 from peft import get_peft_model, set_peft_model_state_dict
-from test_objectives import settings_of
-from test_step import lora_model
 from test_trl import BATCH, STEPS, TRAINER, flat_gradients, flat_weights
+from test_trl_figures import FILE, LEARNING_RATE, our_model, our_steps
 from torch.utils.data import SequentialSampler
 from transformers import LlamaForSequenceClassification
 
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.adapter import adapter_tensors
-from orpo_lite.model.held_out import score
-from orpo_lite.model.optimizer import make_optimizer
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.model.parallel import Processes
 from orpo_lite.model.score_head import reward_config
-from orpo_lite.objectives.objective import find_objective
-from orpo_lite.training.step import accumulate, update
-from orpo_lite.updates import run_to_end, staged
 
 pytest.importorskip("trl", reason="TRL, the oracle, comes with the extra `bench`")
 
-LEARNING_RATE = 1e-3  # with a higher one, hinge and simpo have almost no gradient after a step
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 LOGPS = ("logps/chosen", "logps/rejected")
 # Trainer, its settings, the same settings of ours, and the metrics that both have.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Sequence[str]]] = {
+    "orpo": ("ORPO", {"beta": 0.3}, {"type": "orpo", "beta": 0.3}, (*REWARDS, *LOGPS, "nll_loss")),
     "sft": ("SFT", {"completion_only_loss": True}, {"type": "sft"}, ()),
     "dpo": ("DPO", {"beta": 0.3}, {"type": "dpo", "beta": 0.3}, REWARDS + LOGPS),
     "ipo": ("DPO", {"loss_type": ["ipo"]}, {"type": "dpo", "dpo_loss_type": "ipo"}, REWARDS + LOGPS),
@@ -66,6 +60,9 @@ def run_trl(kind: str, options: dict[str, Any], model: Any, file: Path) -> tuple
     if kind == "CPO":
         from trl.experimental.cpo import CPOConfig as Config
         from trl.experimental.cpo import CPOTrainer as Trainer
+    elif kind == "ORPO":
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
     elif kind == "Reward":
         from trl import RewardConfig as Config
         from trl import RewardTrainer as Trainer
@@ -89,7 +86,7 @@ def run_trl(kind: str, options: dict[str, Any], model: Any, file: Path) -> tuple
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
-            if kind != "CPO":
+            if kind not in ("CPO", "ORPO"):
                 metrics.append(
                     {name: values[-1] for name, values in self._metrics["train"].items()}
                 )
@@ -140,51 +137,51 @@ def pair_of(row: dict[str, Any]) -> TokenizedPair:
     return TokenizedPair(row["chosen_input_ids"], row["rejected_input_ids"], *starts, "")
 
 
-def with_reference(model: PairModel, pairs: list[TokenizedPair], settings: Any) -> list[Any]:
-    scores = run_to_end(staged("", score(model, pairs, settings)), lambda _: None)
-    columns = scores.chosen_P.tolist(), scores.rejected_P.tolist()
-    return [
-        replace(pair, ref_chosen=one, ref_rejected=other)
-        for pair, one, other in zip(pairs, *columns, strict=True)
-    ]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_ten_steps_equal_trl(case: str, tmp_path: Path) -> None:
     kind, options, loss, names = CASES[case]
-    task = "SEQ_CLS" if kind == "Reward" else "CAUSAL_LM"
-    ours = lora_model(tiny_llama(len(byte_tokenizer())), torch.float32, task=task)
+    ours = our_model(loss)
     theirs = classifier(ours) if kind == "Reward" else copy.deepcopy(ours).model
     file = write_pairs(tmp_path / "pairs.jsonl", STEPS * BATCH)
     metrics, gradients, pairs = run_trl(kind, options, theirs, file)
-    settings = settings_of(
-        loss, training__optim="adamw_torch", training__learning_rate=LEARNING_RATE
-    )
-    if kind == "DPO":
-        pairs = with_reference(ours, pairs, settings)
-    objective, trained = find_objective(settings.loss), [p for _, p in ours.trained()]
-    optimizer, scaler = (
-        make_optimizer(settings, trained),
-        torch.amp.GradScaler("cpu", enabled=False),
-    )
-    optimizer.param_groups[0]["lr"] = LEARNING_RATE
-    for step in range(STEPS):
-        parts = accumulate(
-            ours,
-            objective,
-            pairs[step * BATCH : (step + 1) * BATCH],
-            ours.batching(settings, 0),
-            step=step,
-            seed=0,
-            processes=Processes(cpu=True),
-            scaler=scaler,
-        )
-        found = objective.metrics(parts)
+    for step, found in enumerate(our_steps(ours, loss, pairs)):
         for name in ("loss", *names):
             expected = metrics[step][name]
             assert found[name] == pytest.approx(expected, rel=1e-5, abs=1e-5), (step, name)
         difference = (flat_gradients(ours) - gradients[step]).norm()
         assert difference <= 1e-5 * gradients[step].norm(), step  # hinge: both may be 0
-        update(trained, optimizer, scaler, found["loss"], settings.training.max_grad_norm)
+    assert step == STEPS - 1
     assert (flat_weights(ours) - flat_weights(theirs)).norm() / flat_weights(theirs).norm() < 1e-4
     assert abs(metrics[-1]["loss"] - metrics[0]["loss"]) > 0.02
+
+
+def write_figures(folder: Path) -> None:
+    """Write the figures of the installed TRL to FILE, for the test that needs no TRL."""
+    found = {}
+    for case, (kind, options, loss, names) in CASES.items():
+        ours = our_model(loss)
+        theirs = classifier(ours) if kind == "Reward" else ours.model
+        (folder / case).mkdir()
+        file = write_pairs(folder / case / "pairs.jsonl", STEPS * BATCH)
+        metrics, gradients, pairs = run_trl(kind, options, theirs, file)
+        steps = [
+            {name: float(row[name]) for name in ("loss", *names)}
+            | {"norm of gradients": float(gradient.norm())}
+            for row, gradient in zip(metrics, gradients, strict=True)
+        ]
+        rows = [
+            [
+                [*map(int, p.chosen_ids)],
+                [*map(int, p.rejected_ids)],
+                p.chosen_start,
+                p.rejected_start,
+            ]
+            for p in pairs
+        ]
+        found[case] = {"loss": loss, "pairs": rows, "steps": steps}
+    FILE.write_text(json.dumps(found, separators=(",", ":")) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as name:
+        write_figures(Path(name))
