@@ -104,7 +104,7 @@ def planted_answers(
         vectors = {"orpo": by_chance, "dpo": by_prompt}
     result = Comparison(
         folder=Path(),
-        judge=Judge(Interval(*accuracy), PAIRS, PAIRS),
+        judge=Judge(Interval(*accuracy), PAIRS, PAIRS, 9),
         arms=[],
         wins=[win_rate(orpo, other) for other in others],
         winner=None,

@@ -125,13 +125,16 @@ class Judged:
     rewards: dict[str, Numbers]
     """Name of a run -> the rewards of its answers, shape (rounds, prompts). NaN: no reward."""
     pairs: Numbers
-    """The rewards of the chosen and the rejected replies of the test pairs, shape (pairs, 2)."""
+    """The rewards of the chosen and the rejected replies of pairs, shape (pairs, 2)."""
 
 
 def judge_all(
-    task: Task, answers: dict[str, Rounds], questions: Sequence[Question]
+    task: Task,
+    answers: dict[str, Rounds],
+    questions: Sequence[Question],
+    pairs: Sequence[Pair],
 ) -> Generator[Update, None, Judged]:
-    """Return the judge's rewards of all answers and of the test pairs.
+    """Return the judge's rewards of all answers, and of pairs that test the judge.
 
     The rewards of a run are kept in a file, and read from it the next time.
     """
@@ -143,8 +146,7 @@ def judge_all(
     }
     wanted[task.judge.name] = [
         [Pair(pair.messages, text, "", pair.where, pair.prompt_text) for text in replies]
-        for question in questions
-        for pair in question.pairs
+        for pair in pairs
         for replies in [(pair.chosen, pair.rejected)]
     ]
     missing = [name for name in wanted if not (folder / f"{name}.json").is_file()]

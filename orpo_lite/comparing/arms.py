@@ -60,6 +60,8 @@ JUDGE_ARM, REWARD_ARM = Arm(JUDGE, "reward"), Arm(REWARD, "reward")
 # The keys that are the same in all arms, because the comparison sets them or needs them equal.
 SHARED = ("model.model_name_or_path", "model.model_revision", "training.seed")
 SHARED_TOO = ("training.output_dir", "loss.type", "model.adapter_name_or_path")
+# The judge only reads the texts of the arms, so it may have another base.
+JUDGE_BASE = ("model.model_name_or_path", "model.model_revision")
 OF_EVERY_LOSS = ("loss.completion_only_loss", "loss.nll_reduction")
 
 
@@ -129,7 +131,8 @@ def read_words(words: Sequence[str], arms: Sequence[Arm]) -> Words:
                 expected=f"one of {', '.join(names)} before the colon",
                 fix=f"{inner}={value} sets the key in all arms",
             )
-        if inner in (*SHARED, *SHARED_TOO) or inner.startswith("data."):
+        is_shared = inner in (*SHARED, *SHARED_TOO) or inner.startswith("data.")
+        if is_shared and not (arm == JUDGE and inner in JUDGE_BASE):
             raise RecipeError(
                 where=f"argument {word!r}",
                 found=f"sets {inner} only for {arm}",

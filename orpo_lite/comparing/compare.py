@@ -21,14 +21,20 @@ from orpo_lite.comparing.diversity import (
     sentence_model,
 )
 from orpo_lite.comparing.page import write_page
-from orpo_lite.comparing.split import part_sizes, read_parts, read_questions, write_parts
-from orpo_lite.comparing.table import Comparison, make_comparison
+from orpo_lite.comparing.split import (
+    part_sizes,
+    read_judge_pairs,
+    read_parts,
+    read_questions,
+    write_parts,
+)
+from orpo_lite.comparing.table import Comparison, judge_quality, make_comparison
 from orpo_lite.comparing.task import Run, Task, is_recorded, prepare_task, record
 from orpo_lite.comparing.trainings import train_all
 from orpo_lite.evaluation.open_run import find_model, load_model
 from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.folder import locked
-from orpo_lite.runs.records import RESULT
+from orpo_lite.runs.records import RESULT, read_json
 from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
 
@@ -119,13 +125,16 @@ def compare_events(
         yield from train_all(task, name, sizes)
         runs = [run for arm in task.arms for run in task.runs_of(arm)]
         answers = yield from sample_all(task, runs, questions)
-        judged = yield from judge_all(task, answers, questions)
+        pairs = read_judge_pairs(resolved, task.data)
+        judged = yield from judge_all(task, answers, questions, pairs)
+        kept = read_json(task.judge.path / RESULT, {"kept_step": int})["kept_step"]
         found = yield from _diversity(task, answers)
         result = make_comparison(
             task,
             questions,
             answers,
             judged,
+            judge_quality(judged.pairs, pairs, kept),
             found,
             {arm.name: cost_of(task.runs_of(arm), _before(task, arm.name)) for arm in task.arms},
             temperature=TEMPERATURE,

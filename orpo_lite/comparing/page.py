@@ -45,6 +45,7 @@ def write_page(
         title=task.folder.name,
         result=result,
         base=_shown_path(task.recipe.model.model_name_or_path),
+        judge_base=_shown_path(task.judge_base),
         data=", ".join(map(_shown_path, task.recipe.data.names)),
         names=[row.name for row in result.arms],
         matrix=_matrix(result),

@@ -28,6 +28,8 @@ ARMS, JUDGE, VALIDATION, TEST = "arms", "judge", "validation", "test"
 PARTS = (ARMS, JUDGE, VALIDATION, TEST)
 PROMPTS = 64
 """Number of prompts to answer, if a person gives no number and the data have enough prompts."""
+JUDGED = 500
+"""Largest number of pairs that test the judge."""
 FEWEST = 8
 """Smallest number of prompts with which a comparison can be made."""
 
@@ -190,6 +192,15 @@ def read_questions(recipe: Recipe, folder: Path) -> list[Question]:
         Question(pairs[0].messages, pairs[0].prompt_text, tuple(pairs))
         for pairs in grouped.values()
     ]
+
+
+def read_judge_pairs(recipe: Recipe, folder: Path) -> list[Pair]:
+    """Return the pairs that test the judge: those of ``test``, then of ``arms``.
+
+    The judge is trained on neither of them, nor is its adapter chosen on them.
+    """
+    pairs = [pair for part in (TEST, ARMS) for pair in read_part(recipe, folder, part)]
+    return pairs[:JUDGED]
 
 
 def part_sizes(folder: Path) -> dict[str, int]:

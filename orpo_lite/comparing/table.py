@@ -13,17 +13,21 @@ from orpo_lite.comparing.diversity import Diversity
 from orpo_lite.comparing.split import Question
 from orpo_lite.comparing.task import Task
 from orpo_lite.comparing.win_rates import FEWEST_SEEDS, Sampled, WinRate, mean_tokens, win_rate
+from orpo_lite.data.pair import Pair
+from orpo_lite.data.split import prompt_key
 from orpo_lite.evaluation.intervals import Interval, mean_over_pairs, share_interval
 
 
 @dataclass(frozen=True)
 class Judge:
-    """How well the judge ranks the test pairs."""
+    """How well the judge ranks pairs that it was not trained on."""
 
     accuracy: Interval
-    """Share of the test pairs whose chosen reply has the higher reward. A tie counts as half."""
+    """Share of the pairs whose chosen reply has the higher reward. A tie counts as half."""
     pairs: int
     prompts: int
+    kept_step: int
+    """The step whose adapter was kept. 0: no step was better than the start."""
 
     @property
     def is_trusted(self) -> bool:
@@ -76,15 +80,20 @@ class Comparison:
         return values
 
 
-def judge_quality(pairs: Numbers, questions: Sequence[Question]) -> Judge:
-    """Return how well the judge ranks the test pairs, from its rewards of shape (pairs, 2)."""
-    prompts = [n for n, question in enumerate(questions) for _ in question.pairs]
-    known = np.isfinite(pairs[:, 0] - pairs[:, 1])
-    right = np.where(known, 0.5 + 0.5 * np.sign(np.nan_to_num(pairs[:, 0] - pairs[:, 1])), 0.0)
-    kept = [prompt for prompt, is_known in zip(prompts, known, strict=True) if is_known]
-    ones = np.ones((1, len(kept)))
-    (mean,) = mean_over_pairs(right[known][None], ones, kept)
-    return Judge(share_interval(mean), len(kept), len(set(kept)))
+def judge_quality(rewards_P2: Numbers, pairs: Sequence[Pair], kept_step: int) -> Judge:
+    """Return how well the judge ranks P pairs.
+
+    Args:
+        rewards_P2: the rewards of the chosen and the rejected replies. NaN: no reward.
+        pairs: the pairs.
+        kept_step: the step of the judge's training whose adapter was kept.
+    """
+    margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    known_P = np.isfinite(margin_P)
+    right = 0.5 + 0.5 * np.sign(margin_P[known_P])
+    prompts = [prompt_key(pair) for pair, known in zip(pairs, known_P, strict=True) if known]
+    (mean,) = mean_over_pairs(right[None], np.ones_like(right)[None], prompts)
+    return Judge(share_interval(mean), len(prompts), len(set(prompts)), kept_step)
 
 
 def sampled(
@@ -104,6 +113,7 @@ def make_comparison(
     questions: Sequence[Question],
     answers: Mapping[str, Rounds],
     judged: Judged,
+    judge: Judge,
     found: tuple[str, Mapping[str, Diversity]],
     costs: Mapping[str, Cost],
     *,
@@ -117,6 +127,7 @@ def make_comparison(
         questions: the test prompts.
         answers: name of a run -> its answers.
         judged: the rewards of the judge.
+        judge: how good the judge is.
         found: the name of the embeddings, and the diversity of each arm by name.
         costs: name of an arm -> its cost.
         temperature: the temperature of the answers.
@@ -140,7 +151,6 @@ def make_comparison(
         for place, model in enumerate(names)
         for against in names[:place]
     ]
-    judge = judge_quality(judged.pairs, questions)
     if not judge.is_trusted:
         wins = [replace(win, outcome="cannot tell", prompts_needed=None) for win in wins]
     winner, verdict = decide(names, wins, judge)
@@ -179,12 +189,17 @@ def decide(
     An arm is the best if the judge is clearly better than chance, and if the interval of the arm's
     win rate against every other arm is above 50%.
     """
-    accuracy = f"the judge ranks {shown(judge.accuracy)} of {judge.pairs:,} test pairs correctly"
+    accuracy = f"the judge ranks {shown(judge.accuracy)} of {judge.pairs:,} pairs that it was not "
+    accuracy += "trained on correctly"
     if not judge.is_trusted:
+        fix = "give it more pairs, or more epochs, such as judge:training.num_train_epochs=3"
+        if judge.kept_step == 0:
+            accuracy += " (it is untrained: no step of its training was better than the start)"
+            fix = "try another learning rate, such as judge:training.learning_rate=1e-5"
         return None, [
             f"cannot tell: {accuracy}, which is not clearly better than chance, so its rewards "
-            "decide nothing; give it more pairs or more epochs, such as "
-            "judge:training.num_train_epochs=3"
+            f"decide nothing; {fix}, or a better base, such as "
+            "judge:model.model_name_or_path=NAME"
         ]
     beaten: dict[str, set[str]] = {name: set() for name in names}
     for win in wins:

@@ -89,6 +89,17 @@ class Task:
         """The training of the judge."""
         return Run(JUDGE, JUDGE_ARM, self.seed, self.folder / "runs" / JUDGE)
 
+    @property
+    def base(self) -> str:
+        """The base of all arms, as the recipe names it."""
+        return self.recipe.model.model_name_or_path
+
+    @property
+    def judge_base(self) -> str:
+        """The base of the judge: that of the arms, unless a word names another."""
+        recipe = with_absolute_paths(arm_recipe(self.name, self.words, JUDGE_ARM, self.seed))
+        return recipe.model.model_name_or_path
+
     def runs_of(self, arm: Arm) -> list[Run]:
         """Return the trainings of an arm, one for each seed."""
         return [
@@ -120,7 +131,9 @@ class Task:
         """
         recipe = arm_recipe(self.name, self.words, run.arm, run.seed)
         values = part_settings(self.data.absolute(), JUDGE if run is self.judge else ARMS)
-        values |= {"model.model_name_or_path": str(base), "training.output_dir": str(run.path)}
+        values["training.output_dir"] = str(run.path)
+        own = run is self.judge and self.judge_base != self.base
+        values["model.model_name_or_path"] = self.judge_base if own else str(base)
         values["output.push_to_hub"] = False
         # The comparison has a report and answers of its own.
         defaults = {"output.report": False, "output.samples": 0}

@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +141,27 @@ def test_a_comparison_that_is_stopped_three_times_ends_with_the_same_table(
     assert (tmp_path / "stopped" / "answers" / "sft-seed42-round2.jsonl").exists()
     list(compare_events("./small.yaml", **arguments))
     assert table(tmp_path / "stopped") == table(compared[0])
+
+
+@pytest.mark.long
+def test_a_comparison_that_is_killed_in_each_part_ends_with_the_same_table(
+    compared: tuple[Path, list[Update], int],
+) -> None:
+    """The process gets SIGKILL after the first file of each part, and at times in between."""
+    command = [sys.executable, "-m", "orpo_lite", *COMMAND, "--out", "killed"]
+    folder = Path("killed")
+    for part, pattern in enumerate(["runs/judge/recipe.yaml", "runs/sft-*/result.json",
+                                    "answers/sft-*", "answers/dpo-*", "rewards/sft-*", "rewards/*dpo-*"]):  # fmt: skip
+        running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while running.poll() is None and not any(folder.glob(pattern)):
+            time.sleep(0.002)
+        time.sleep(0.05 * part)
+        running.kill()
+        running.wait()
+        assert any(folder.glob(pattern)), pattern
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert table(folder) == table(compared[0])
 
 
 def test_other_arguments_are_refused_with_what_differs(

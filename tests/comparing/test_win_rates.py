@@ -1,6 +1,7 @@
 """Win rates, the verdict and the diversity, on numbers whose truth is known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from orpo_lite.comparing.table import Judge, decide
 from orpo_lite.comparing.win_rates import Sampled, WinRate, win_rate
 from orpo_lite.evaluation.intervals import Interval
 
-TRUSTED = Judge(Interval(0.7, 0.6, 0.8), 100, 100)
+TRUSTED = Judge(Interval(0.7, 0.6, 0.8), 100, 100, 9)
 
 
 def sampled(
@@ -141,10 +142,13 @@ def test_a_winner_is_named_only_if_it_clearly_beats_every_other_arm() -> None:
 
 def test_a_judge_no_better_than_chance_decides_nothing() -> None:
     wins = [a_win("b", "a", 0.6, 0.8)]
-    weak = Judge(Interval(0.55, 0.45, 0.65), 100, 100)
+    weak = Judge(Interval(0.55, 0.45, 0.65), 100, 100, 9)
     winner, sentences = decide(["a", "b"], wins, weak)
     assert winner is None
     assert sentences[0].startswith("cannot tell: the judge ranks 55.0%")
+    assert "judge:training.num_train_epochs=3" in sentences[0]
+    winner, sentences = decide(["a", "b"], wins, replace(weak, kept_step=0))
+    assert "it is untrained" in sentences[0]
 
 
 # --- diversity
