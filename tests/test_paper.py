@@ -31,8 +31,6 @@ def planted(ends: dict[str, tuple[float, float]], noise: float = 0.02) -> Study:
         def runs(self, arm: str, _: Base = study.MAIN) -> list[Run]:
             return [self.one(arm, seed) for seed in (0, 1)]
 
-        ablation = runs
-
         def one(self, arm: str, seed: int) -> Run:
             rng = np.random.default_rng([seed, [*ends].index(arm)])
 
@@ -116,7 +114,7 @@ def planted_answers(
         temperature=1.0,
     )
     pairs = dict.fromkeys(("arms", "judge", "validation", "test"), PAIRS)
-    return Compared(result, vectors, rewards, pairs, 60.0)
+    return Compared(result, vectors, rewards, "base", pairs, 60.0)
 
 
 GOOD_JUDGE, POOR_JUDGE = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65)
@@ -226,7 +224,9 @@ def test_a_small_study_of_real_pairs(
     tmp_path: Path, token_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows of a step, the formats of the graders; a training is made once."""
-    small = Study(SHARED / "models", SHARED / "data", tmp_path, seeds=(42,), epochs=0.5, rows=50)
+    small = Study(
+        SHARED / "models", SHARED / "data", folder=tmp_path, seeds=(42,), epochs=0.5, rows=50
+    )
     monkeypatch.setattr(cost, "STEPS", 1)
     monkeypatch.setattr(cost, "BATCH", 2)
     verdicts = {
@@ -238,6 +238,6 @@ def test_a_small_study_of_real_pairs(
 
     monkeypatch.setattr(study, "train_events", None)
     assert small.run("orpo-1", 42).scores("held-out", "end").chosen_P.size == training["held_out"]
-    other = Study(small.models, small.data, tmp_path, seeds=(42,), epochs=0.6, rows=50)
+    other = Study(small.models, small.data, folder=tmp_path, seeds=(42,), epochs=0.6, rows=50)
     with pytest.raises(RecipeError, match=r"another value of training\.num_train_epochs"):
         other.run("orpo-1", 42)

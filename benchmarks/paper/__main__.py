@@ -4,7 +4,7 @@
     python -m benchmarks.paper E1 E2 --json FILE                     some; FILE keeps the others
 
 The trainings are run folders in --folder, which the experiments share. A finished training is not
-repeated, and a stopped one is continued.
+repeated, and a stopped one is continued. Several are made at the same time, each on one core.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ from benchmarks.data import processor
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.page import verdict_text, write_page
 from benchmarks.paper.study import DATA, MAIN, MODELS, Study
+from benchmarks.paper.trainings import jobs_of, train_all
 from orpo_lite.errors import OrpoLiteError
 from orpo_lite.runs.atomic import to_json, write_text
-from orpo_lite.runs.interrupt import Interrupted
 
 
-def measure(names: list[str], study: Study, before: dict[str, Any]) -> dict[str, Any]:
+def measure(names: Sequence[str], study: Study, before: dict[str, Any]) -> dict[str, Any]:
     """Return the result of the named experiments, with the other experiments of ``before``.
 
     The results of ``before`` are dropped if they are from other settings.
@@ -37,8 +38,8 @@ def measure(names: list[str], study: Study, before: dict[str, Any]) -> dict[str,
     settings = {
         "epochs": study.epochs,
         "seeds": [*study.seeds],
-        "ablation_seeds": [*study.ablation_seeds],
         "rows": study.rows,
+        "judge": study.judge.name if study.judge else MAIN.name,
         "batch": made.training.global_batch_size,
         "learning_rate": made.training.learning_rate,
         "rank": made.lora.r,
@@ -56,8 +57,7 @@ def measure(names: list[str], study: Study, before: dict[str, Any]) -> dict[str,
         "experiments": {name: found[name] for name in EXPERIMENTS if name in found},
         "trainings": study.trainings(),
         "settings": settings,
-        "machine": f"{os.cpu_count()} cores ({processor()}), 1 thread, "
-        f"Python {platform.python_version()}",
+        "machine": f"{os.cpu_count()} cores ({processor()}), Python {platform.python_version()}",
         "versions": {name: version(name) for name in ("orpo-lite", "torch", "transformers")},
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -75,6 +75,10 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="PAGE", help="where to write the page")
     parser.add_argument("--folder", type=Path, default=Study.folder, help="the folder of the runs")
     parser.add_argument("--models", type=Path, default=MODELS, help="the folder of the models")
+    parser.add_argument("--judge", type=Path, help="the base of E5's judge, a larger model")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="trainings at the same time"
+    )
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of pairs and prompts")
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in EXPERIMENTS]:
@@ -83,15 +87,27 @@ def main() -> int:
     before = {}
     if options.json and options.json.is_file():
         before = json.loads(options.json.read_text("utf-8"))
+    names = options.names or [*EXPERIMENTS]
+    began, is_new = time.monotonic(), not options.folder.exists()
     try:
-        study = Study(options.models, options.data, options.folder)
-        result = measure(options.names or [*EXPERIMENTS], study, before)
-    except Interrupted as stopped:
-        print(stopped, "The same command continues.", sep="\n", file=sys.stderr)
+        study = Study(options.models, options.data, options.judge, options.folder)
+        code, message = train_all(jobs_of(names, study), study, options.processes)
+        if code:
+            print(message, "The same command continues.", sep="\n", file=sys.stderr)
+            return code
+        result = measure(names, study, before)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
         return 130
     except OrpoLiteError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    seconds = round(time.monotonic() - began)
+    print(f"{', '.join(names)}: {seconds / 60:.0f} minutes, {options.processes} processes")
+    if is_new and names == [*EXPERIMENTS]:
+        result["whole"] = {"seconds": seconds, "processes": options.processes}
+    elif "whole" in before:
+        result["whole"] = before["whole"]
     if options.json:
         write_text(options.json, to_json(result))
     if options.write:

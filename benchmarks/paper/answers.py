@@ -24,7 +24,7 @@ from orpo_lite.comparing.table import Comparison, shown
 from orpo_lite.evaluation.intervals import Interval, Mean, Numbers, resample_sums
 from orpo_lite.evaluation.open_run import find_model, load_model
 from orpo_lite.runs.atomic import to_json, write_text
-from orpo_lite.runs.records import read_json
+from orpo_lite.runs.records import RESULT, read_json
 from orpo_lite.updates import Update, run_to_end
 
 ORPO, DPO = "orpo", "dpo"
@@ -46,9 +46,13 @@ DRAWN = ("sft", "dpo", "ppo", "orpo")
 SHORT = Base("stories260k", 384, 256)
 """Shorter pairs than in the other experiments: six arms are trained, and a judge."""
 PROMPTS, ROUNDS, TOKENS, PPO_STEPS = 120, 3, 48, 24
-JUDGE_RATE = 1e-3
-"""Of 1e-4, 3e-4, 1e-3 and 3e-3, the one with the lowest loss of the judge on the pairs of the
-evaluations, which are not those that test it."""
+REWARD_RATE = 1e-3
+"""Of PPO's reward model, and of a judge with the same base: of 1e-4, 3e-4, 1e-3 and 3e-3, the one
+with the lowest loss on the pairs of the evaluations, which are not those that test the judge."""
+JUDGE = ("lora.r=16", "lora.lora_alpha=32", "training.learning_rate=2e-4",
+         "training.num_train_epochs=2", "training.eval_steps=0.5",
+         "memory.micro_batch_tokens=1024")  # fmt: skip
+"""The settings of a judge with a base of its own: those of the recipe smollm2-135m."""
 BINS = 24
 
 
@@ -61,6 +65,8 @@ class Compared:
     """``orpo`` and ``dpo`` -> the embeddings of their answers, shape (rounds, prompts, D)."""
     rewards: Mapping[str, NDArray[np.float64]]
     """Name of an arm -> the judge's rewards of its answers, shape (rounds, prompts)."""
+    judge: str
+    """The name of the judge's base."""
     pairs: Mapping[str, int]
     """Part of the data, such as arms, judge and test -> its number of pairs."""
     seconds: float
@@ -73,7 +79,7 @@ def compared(study: Study) -> Compared:
 
     Its folder is ``comparison`` in the study's folder.
     """
-    seed = study.ablation_seeds[0]
+    seed = study.seeds[0]
     folder = study.folder / "comparison"
     study.folder.mkdir(parents=True, exist_ok=True)
     recipe = study.folder / "comparison.yaml"
@@ -85,11 +91,12 @@ def compared(study: Study) -> Compared:
         f"ppo:training.max_steps={PPO_STEPS}",
     ]
     # The judge and PPO's reward model are instruments, so the best of their adapters is used.
-    for model in ("judge", "reward"):
-        words += [
-            f"{model}:training.learning_rate={JUDGE_RATE}",
-            f"{model}:training.load_best_model_at_end=true",
-        ]
+    small = (f"training.learning_rate={REWARD_RATE}",)
+    own = (f"model.model_name_or_path={study.judge.resolve()}", *JUDGE) if study.judge else small
+    words += [f"judge:{word}" for word in (*own, "training.load_best_model_at_end=true")]
+    words += [f"reward:{word}" for word in (*small, "training.load_best_model_at_end=true")]
+    timed, is_finished = study.folder / "comparison.json", (folder / RESULT).is_file()
+    before = read_json(timed)["seconds"] if timed.is_file() else 0.0
     began, seen = time.monotonic(), set[str]()
 
     def show(update: Update) -> None:
@@ -97,22 +104,21 @@ def compared(study: Study) -> Compared:
             seen.add(update.text)
             print(f"comparison: {update.text}", flush=True)
 
-    result = run_to_end(
-        compare_events(
-            str(recipe),
-            words,
-            arms=",".join(ARMS),
-            seeds=1,
-            rounds=ROUNDS,
-            prompts=PROMPTS,
-            max_new_tokens=TOKENS,
-            out=folder,
-        ),
-        show,
+    updates = compare_events(
+        str(recipe),
+        words,
+        arms=",".join(ARMS),
+        seeds=1,
+        rounds=ROUNDS,
+        prompts=PROMPTS,
+        max_new_tokens=TOKENS,
+        out=folder,
     )
-    timed = study.folder / "comparison.json"
-    if not timed.is_file():
-        write_text(timed, to_json({"seconds": time.monotonic() - began}))
+    try:
+        result = run_to_end(updates, show)
+    finally:
+        if not is_finished:
+            write_text(timed, to_json({"seconds": before + time.monotonic() - began}))
     rewards = {
         arm: np.array(read_json(folder / "rewards" / f"{arm}-seed{seed}.json")["rewards"], float)
         for arm in ARMS
@@ -136,6 +142,7 @@ def compared(study: Study) -> Compared:
         result,
         {arm: np.array([[known[t] for t in row] for row in rows]) for arm, rows in texts.items()},
         rewards,
+        (study.judge or study.models / SHORT.name).name,
         part_sizes(folder / "data"),
         read_json(timed)["seconds"],
     )
@@ -196,8 +203,9 @@ def _check(
 def describe_wins(found: Compared) -> str:
     """Return how much was trained, answered and judged, and how good the judge is."""
     result, pairs = found.result, found.pairs
-    accuracy = f"The judge ranks {shown(result.judge.accuracy)} of {result.judge.pairs} held-out "
-    accuracy += "pairs correctly"
+    accuracy = f"The judge is a reward model of {found.judge}. It ranks "
+    accuracy += f"{shown(result.judge.accuracy)} of {result.judge.pairs} pairs correctly that it "
+    accuracy += "was not trained on"
     accuracy += (
         ", so it is better than chance."
         if result.judge.is_trusted

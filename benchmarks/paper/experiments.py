@@ -58,8 +58,10 @@ class Experiment:
     measure: Callable[[Study], Outcome]
     arms: tuple[tuple[Base, str], ...] = ()
     """The trainings that it needs."""
-    seeds: str = "seeds"
-    """The setting that names their seeds: ``seeds`` or ``ablation_seeds``."""
+    is_of_answers: bool = False
+    """True: it needs the comparison of E5 and E6."""
+    first_seed_only: bool = False
+    """True: it needs its trainings with the first seed only."""
 
 
 # --- E0
@@ -224,7 +226,7 @@ def orpo(study: Study) -> Outcome:
 
 def weight(study: Study) -> Outcome:
     """Compare the ends of the trainings with four values of λ."""
-    arms = {name: study.ablation(f"orpo-{name}") for name in LAMBDAS}
+    arms = {name: study.runs(f"orpo-{name}") for name in LAMBDAS}
     checks: list[Check] = []
     for less, more in pairwise(LAMBDAS):
         checks += check_runs(
@@ -246,7 +248,7 @@ def weight(study: Study) -> Outcome:
 
 def ratio(study: Study) -> Outcome:
     """Compare the odds ratio with the probability ratio, of means and of sums."""
-    odds, mean, total = (study.ablation(name) for name in ("orpo-1", "pr-mean", "pr-sum"))
+    odds, mean, total = (study.runs(name) for name in ("orpo-1", "pr-mean", "pr-sum"))
     checks: list[Check] = []
     for side in ("chosen", "rejected"):
         checks += check_runs(
@@ -324,7 +326,6 @@ SMALL = (
     "The bases are small story models that cannot answer instructions, and a few hundred pairs "
     "teach them little about which reply is better."
 )
-ONE_SEED = "There is one training of each arm, so the error of the training is not measured."
 
 EXPERIMENTS: dict[str, Experiment] = {
     "E0": Experiment(
@@ -369,11 +370,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         "replies end with a lower log-probability.",
         f"ORPO with λ = 0.1, 0.5, 1 and 5, from the same base and pairs. {LOGPS} Each step from "
         "one λ to the next must hold.",
-        f"{SMALL} {ONE_SEED} The paper compares λ = 0.1, 0.5 and 1 with Mistral 7B on "
-        "UltraFeedback.",
+        f"{SMALL} The paper compares λ = 0.1, 0.5 and 1 with Mistral 7B on UltraFeedback.",
         weight,
         tuple((MAIN, f"orpo-{name}") for name in LAMBDAS),
-        "ablation_seeds",
     ),
     "E4": Experiment(
         "The odds ratio, or the probability ratio of sums",
@@ -384,11 +383,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         f"log-probabilities. {LOGPS} P is a mean over tokens in Eq. 3. Then log(1 - P) is close to "
         "0, because P is small, and both ratios should be nearly one loss. So the fall of Fig. 8 "
         "is looked for in the ratio of sums, and the verdict is about sums.",
-        f"{ONE_SEED} The base gives these replies about -4 before any training, so -4 is no deep "
+        "The base gives these replies about -4 before any training, so -4 is no deep "
         "level here. The changes from the base are in the table too.",
         ratio,
         ((MAIN, "orpo-1"), (MAIN, "pr-mean"), (MAIN, "pr-sum")),
-        "ablation_seeds",
     ),
     "E5": Experiment(
         "ORPO wins against SFT, DPO and PPO",
@@ -404,20 +402,19 @@ EXPERIMENTS: dict[str, Experiment] = {
         "start from the adapter of SFT. Three epochs, but one for SFT, and "
         f"{answers.PPO_STEPS} steps for PPO. The last adapter of each arm is measured. DPO, SimPO "
         "and PPO have a tenth of the learning rate of SFT and ORPO, because their losses have no "
-        "NLL. The judge is a reward model of the same base, trained on other prompts. PPO has a "
-        "reward model of its own, trained like the judge, but on the pairs of the arms. Both have "
-        f"a learning rate of {answers.JUDGE_RATE:g}, the best of four by the judge's loss on the "
-        "evaluation pairs, and keep the adapter with the lowest such loss. A tie counts as half a "
-        "win. SimPO is not in the paper; it is reported.",
-        "A judge of a story model sees little more than style, and an accuracy near 50% means that "
-        "it does not measure what people prefer. A win is then a difference of rewards, and not a "
-        "better answer. There is one training of each arm and one judge, so their errors are not "
-        "in the intervals. No arm's learning rate was searched: one that loses may need another. "
-        "PPO had few steps and short answers. Nearly all answers are cut at the largest length. "
-        "The paper's judge has 1.3B parameters, and later tables, such as that of SimPO (arXiv "
-        "2405.14734), have DPO ahead of ORPO.",
+        "NLL. Two reward models are trained on disjoint halves of the prompts: the judge, and "
+        "that of PPO, which is an adapter of the same base as the arms and sees the pairs of the "
+        f"arms. The latter has a learning rate of {answers.REWARD_RATE:g}, the best of four by its "
+        "loss on the evaluation pairs. Both keep the adapter with the lowest such loss. A tie "
+        "counts as half a win. SimPO is not in the paper; it is reported.",
+        "A judge as small as this one sees style more than content: a win is a difference of its "
+        "rewards, and people may prefer the other answer. There is one training of each arm and "
+        "one judge, so their errors are not in the intervals. No arm's learning rate was searched: "
+        "one that loses may need another. PPO had few steps and short answers. Nearly all answers "
+        "are cut at the largest length. The paper's judge has 1.3B parameters, and later tables, "
+        "such as that of SimPO (arXiv 2405.14734), have DPO ahead of ORPO.",
         wins,
-        seeds="ablation_seeds",
+        is_of_answers=True,
     ),
     "E6": Experiment(
         "Diversity of the answers of ORPO and DPO",
@@ -434,7 +431,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "measures style more than content. The paper's Phi-2 and Llama-2 answer prompts of "
         "AlpacaEval.",
         diversity,
-        seeds="ablation_seeds",
+        is_of_answers=True,
     ),
     "E7": Experiment(
         "Passes through the model",
@@ -461,7 +458,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "a small story model would get no score worth reporting.",
         formats,
         ((MAIN, "orpo-1"),),
-        "ablation_seeds",
+        first_seed_only=True,
     ),
 }
 """Name -> experiment, in the order of the page."""

@@ -50,8 +50,9 @@ def text(result: Mapping[str, Any], folder: str) -> str:
     """Return the text of the page. ``folder``: the folder of the plots, next to the page."""
     parts = [INTRO, *_summary(result["experiments"]), VERDICTS, *_common(result)]
     for name, found in result["experiments"].items():
-        seeds = result["settings"][EXPERIMENTS[name].seeds]
-        trainings = [row for row in result["trainings"] if row["seed"] in seeds]
+        seeds = result["settings"]["seeds"]
+        used = seeds[:1] if EXPERIMENTS[name].first_seed_only else seeds
+        trainings = [row for row in result["trainings"] if row["seed"] in used]
         parts += _section(name, found, trainings, folder)
     return "\n".join(parts)
 
@@ -105,9 +106,13 @@ def _common(result: Mapping[str, Any]) -> Iterator[str]:
         "harmless. Pairs whose prompt is too long for the base are left out, and the end of a "
         "reply that is too long is cut off. No text of the pairs is printed here."
     )
-    yield _paragraph(
-        f"Machine: {result['machine']}, shared with other work. Date: {result['date']}."
-    )
+    machine = f"Machine: {result['machine']}, shared with other work. Date: {result['date']}."
+    if whole := result.get("whole"):
+        machine += (
+            f" From an empty folder, the command took {whole['seconds'] / 60:.0f} minutes, with "
+            f"{whole['processes']} trainings at the same time, each on one core."
+        )
+    yield _paragraph(machine)
     yield _paragraph(
         "Limits of all experiments: the paper trains all weights, and orpo-lite trains an adapter. "
         "The bases are hundreds of times smaller than the paper's smallest model, and the pairs "

@@ -93,11 +93,11 @@ class Study:
 
     models: Path = MODELS
     data: Path = DATA
+    judge: Path | None = None
+    """The base of the judge of E5: a folder with a chat model. None: the base of the arms."""
     folder: Path = Path("runs/paper")
     seeds: tuple[int, ...] = (42, 43)
-    """The seeds of E1 and E2."""
-    ablation_seeds: tuple[int, ...] = (42,)
-    """The seeds of E3 and E4, which have many arms."""
+    """The seeds of E1 to E4. The others have the first one."""
     epochs: float = 3
     rows: int | None = None
     """Number of rows to read of the data; None: all."""
@@ -111,6 +111,13 @@ class Study:
                     expected=f"a folder with the models {MAIN.name} and {SECOND.name}",
                     fix="--models FOLDER",
                 )
+        if self.judge and not (self.judge / "config.json").is_file():
+            raise ModelError(
+                where=f"--judge {self.judge}",
+                found="has no model",
+                expected="a folder with a chat model, such as SmolLM2-135M-Instruct",
+                fix="--judge FOLDER",
+            )
         if not self.pairs.is_file():
             raise DataError(
                 where=f"--data {self.data}",
@@ -175,8 +182,10 @@ class Study:
         scored = path / "training_scores.json"
         train, test = read_pairs(recipe)
         if not scored.is_file():
-            found = _score_training(path, train, recipe) | {"seconds": time.monotonic() - began}
-            write_text(scored, to_json(found))
+            # Without the adapter, all arms of a seed have the same scores.
+            start = path.with_name(f"start-seed{seed}.json")
+            found = _score_training(path, train, recipe, start)
+            write_text(scored, to_json(found | {"seconds": time.monotonic() - began}))
         known = read_json(scored)
         return Run(
             name=f"{base.name} {arm} seed {seed}",
@@ -188,10 +197,6 @@ class Study:
     def runs(self, arm: str, base: Base = MAIN) -> list[Run]:
         """Return the trainings of an arm, one for each seed."""
         return [self.run(arm, seed, base) for seed in self.seeds]
-
-    def ablation(self, arm: str) -> list[Run]:
-        """Return the trainings of an arm of E3 or E4, one for each of their seeds."""
-        return [self.run(arm, seed) for seed in self.ablation_seeds]
 
     def trainings(self) -> list[dict[str, Any]]:
         """Return what is known of each finished training in the folder: its size and its time."""
@@ -241,17 +246,23 @@ def _prepared(recipe: str) -> tuple[TokenizedPairs, TokenizedPairs]:
     return inputs.train, inputs.test
 
 
-def _score_training(path: Path, pairs: TokenizedPairs, recipe: Recipe) -> dict[str, Any]:
-    """Return the scores of the training pairs without the adapter and with it."""
+def _score_training(
+    path: Path, pairs: TokenizedPairs, recipe: Recipe, known: Path
+) -> dict[str, Any]:
+    """Return the scores of the training pairs without the adapter and with it.
+
+    ``known`` is a file with the scores without it, which is written if it does not exist.
+    """
     opened = run_to_end(open_run(path), lambda _: None)
 
     def scored() -> dict[str, list[float]]:
         found = run_to_end(staged("scoring", score(opened.model, pairs, recipe)), lambda _: None)
         return {"chosen": found.chosen_P.tolist(), "rejected": found.rejected_P.tolist()}
 
-    with opened.model.without_adapter():
-        start = scored()
-    return {"start": start, "end": scored()}
+    if not known.is_file():
+        with opened.model.without_adapter():
+            write_text(known, to_json(scored()))
+    return {"start": read_json(known), "end": scored()}
 
 
 def _scores(row: Mapping[str, Any]) -> Scores:

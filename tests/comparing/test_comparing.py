@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, Answer, write_base, write_pairs
+from conftest import SMALL, Answer, byte_tokenizer, tiny_opt, write_base, write_pairs
 
 from orpo_lite.base.find import load_tokenizer
 from orpo_lite.comparing import split
@@ -28,11 +28,17 @@ from orpo_lite.data.split import prompt_key
 from orpo_lite.errors import ModelError, RecipeError
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.runs.lock import read_recipe
 from orpo_lite.updates import Update
 
 ARGUMENTS: dict[str, Any] = {
     # Without packing no training begins with a probe of the model, which takes most of the time.
-    "settings": ["training.max_steps=2", "output.samples=0", "memory.packing=false"],
+    "settings": [
+        "training.max_steps=2",
+        "output.samples=0",
+        "memory.packing=false",
+        "judge:model.model_name_or_path=./judge-base",
+    ],
     "arms": "sft,dpo",
     "rounds": 2,
     "max_new_tokens": 8,
@@ -46,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, 40 pairs and a recipe; the current folder of these tests."""
     path = tmp_path_factory.mktemp("comparing")
     write_base(path / "base")
+    write_base(path / "judge-base", tiny_opt(len(byte_tokenizer())))
     write_pairs(path / "pairs.jsonl", 40)
     (path / "small.yaml").write_text(SMALL, encoding="utf-8")
     return path
@@ -96,7 +103,10 @@ def test_a_comparison_has_a_table_a_report_and_ordinary_runs(
     rate = json.loads((path / "result.json").read_text("utf-8"))["wins"][0]["rate"]["value"]
     assert f"dpo against sft  {100 * rate:.1f}" in printed
     assert printed.splitlines()[-1] == "wrote run-compare/compare.html; open it in a browser"
-    found = table(path)  # five test pairs are too few to trust a judge
+    bases = [Path(read_recipe(path / "runs" / name).model.model_name_or_path).name for name in ("judge", "dpo-seed42")]  # fmt: skip
+    assert bases == ["judge-base", "base"]
+    found = table(path)  # twenty pairs are too few to trust a judge
+    assert found["judge"]["pairs"] == 20  # of test and arms
     assert (found["judge"]["is_trusted"], found["winner"]) == (False, None)
     assert {win["outcome"] for win in found["wins"]} == {"cannot tell"}
     page = (path / "compare.html").read_text("utf-8")
