@@ -4,6 +4,7 @@ Notebooks and the command line call these functions.
 """
 
 import math
+import signal
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -246,7 +247,9 @@ def _train(
     that errors are reported early. Such an error does not end the training.
     """
     began = time.monotonic()
-    is_answering = processes.is_main and not recipe.loss.trains_reward_model
+    # Processes that share the base must all run the passes of an answer.
+    is_answering = processes.is_main or recipe.memory.shards > 1
+    is_answering = is_answering and not recipe.loss.trains_reward_model
     prompts = (yield from find_prompts(recipe, inputs)) if is_answering else []
     session = yield from load_session(recipe, inputs, path, processes, stop)
     if "reference" in session.objective.needs:
@@ -262,7 +265,7 @@ def _train(
         yield from attempt(NO_CARD, make_card, path)
     writes_report = recipe.output.report and processes.is_main
     trackers = Trackers(recipe, path, is_main=processes.is_main)
-    answers = SampleWriter(recipe, prompts, session.pair_model, path, stop)
+    answers = SampleWriter(recipe, prompts, session.pair_model, path, stop, processes)
     samples: list[Sample] = []
     verdict: dict[str, Any] | None = None
     try:
@@ -276,8 +279,8 @@ def _train(
         yield from _with_reports(updates, path) if writes_report else updates
         kept = yield from keep_best(session, state)
         is_complete = yield from answers.answer(kept)
-        if stop and not is_complete:
-            raise Interrupted(stop[0], path)
+        if not is_complete:
+            raise Interrupted(stop[0] if stop else signal.SIGTERM, path)
         if processes.is_main:
             unread = f"{path / SAMPLES} is not read"
             yield from attempt(unread, lambda: samples.extend(read_samples(path)))

@@ -1,8 +1,9 @@
 """Shuffle tokenized pairs, divide the pairs of a step into batches, and build their tensors."""
 
 import hashlib
+import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Self
@@ -253,40 +254,103 @@ def micro_batches(
 ) -> list[list[int]]:
     """Return the micro-batches that one process runs in a step, as lists of indices into ``pairs``.
 
-    Packed pairs are placed by first-fit decreasing bin packing, so that a step has few
-    micro-batches. Padded pairs are grouped by length. The result depends only on the arguments.
+    The processes get nearly the same numbers of tokens, and the same number of micro-batches. If a
+    process has fewer pairs than micro-batches, some of its micro-batches are empty. The result
+    depends only on the arguments.
+
+    A single process packs pairs by first-fit decreasing bin packing, so that a step has few
+    micro-batches. Padded pairs are grouped by length.
 
     Args:
         pairs: all pairs of the step.
         batching: the settings.
         rank: the number of the process, from 0.
-        world: the number of processes. Each process gets every ``world``-th pair: the process with
-            rank 1 of 4 gets the pairs 1, 5, 9.
+        world: the number of processes.
     """
-    share = range(len(pairs))[rank::world]
+    sizes = [_size(pair, batching) for pair in pairs]
+    if world > 1:
+        return _dealt(sizes, batching, world)[rank]
     if not batching.packed:
-        size = batching.pairs or 1
-        widths = {
-            index: max(len(pairs[index].chosen_ids), len(pairs[index].rejected_ids))
-            for index in share
-        }
-        ordered = sorted(share, key=widths.__getitem__)
-        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    lengths = {index: packed_tokens(pairs[index], share=batching.share) for index in share}
+        return _grouped(sizes, range(len(pairs)), batching.pairs or 1)
+    return _first_fit(sizes, range(len(pairs)), batching)
+
+
+def _size(pair: TokenizedPair, batching: Batching) -> int:
+    """Return the tokens of a pair in a packed row, or the width of its rows."""
+    if batching.packed:
+        return packed_tokens(pair, share=batching.share)
+    return max(len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+def _grouped(sizes: Sequence[int], members: Iterable[int], count: int) -> list[list[int]]:
+    """Return groups of ``count`` members of similar size."""
+    ordered = sorted(members, key=sizes.__getitem__)
+    return [ordered[start : start + count] for start in range(0, len(ordered), count)]
+
+
+def _first_fit(sizes: Sequence[int], members: Iterable[int], batching: Batching) -> list[list[int]]:
+    """Return members in bins of at most ``batching.tokens``. A larger member is alone."""
     bins: list[list[int]] = []
     free: list[int] = []  # tokens
-    for index in sorted(share, key=lambda index: (-lengths[index], index)):
-        most = batching.pairs or len(pairs)
+    most = batching.pairs or len(sizes)
+    for index in sorted(members, key=lambda index: (-sizes[index], index)):
         fitting = (
-            i for i, members in enumerate(bins) if lengths[index] <= free[i] and len(members) < most
+            i for i, found in enumerate(bins) if sizes[index] <= free[i] and len(found) < most
         )
         place = next(fitting, len(bins))
         if place == len(bins):
             bins.append([])
             free.append(batching.tokens)
         bins[place].append(index)
-        free[place] -= lengths[index]
+        free[place] -= sizes[index]
     return bins
+
+
+def _dealt(sizes: Sequence[int], batching: Batching, world: int) -> list[list[list[int]]]:
+    """Return the micro-batches of each process.
+
+    The pairs are dealt to the processes, and the pairs of a process to its micro-batches, so that
+    the sizes are nearly equal. Processes that wait for each other in each pass then wait little.
+    """
+    if not sizes:
+        return [[] for _ in range(world)]
+    shares = deal(sizes, range(len(sizes)), world)
+    if not batching.packed:
+        count = batching.pairs or 1
+        passes = max(-(-len(share) // count) for share in shares)
+        grouped = [_grouped(sizes, share, -(-len(share) // passes) or 1) for share in shares]
+        return [[*groups, *([] for _ in range(passes - len(groups)))] for groups in grouped]
+    passes = max(len(_first_fit(sizes, share, batching)) for share in shares)
+    while True:
+        found = [deal(sizes, share, passes) for share in shares]
+        if all(_fits(sizes, chunk, batching) for share in found for chunk in share):
+            return found
+        passes += 1
+
+
+def _fits(sizes: Sequence[int], chunk: Sequence[int], batching: Batching) -> bool:
+    is_small = sum(sizes[index] for index in chunk) <= batching.tokens
+    return len(chunk) <= 1 or (is_small and len(chunk) <= (batching.pairs or len(chunk)))
+
+
+def deal(sizes: Sequence[int], members: Iterable[int], count: int) -> list[list[int]]:
+    """Return the members in ``count`` groups with nearly equal sums of sizes.
+
+    The largest member that is left goes to the group with the smallest sum (longest processing time
+    first: Graham, 1969). The group with the largest sum is the first one.
+    """
+    groups: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, 0, number) for number in range(count)]  # (sum, members, number)
+    for index in sorted(members, key=lambda index: (-sizes[index], index)):
+        total, length, number = heapq.heappop(heap)
+        groups[number].append(index)
+        heapq.heappush(heap, (total + sizes[index], length + 1, number))
+    return [groups[number] for _, _, number in sorted(heap, key=lambda row: (-row[0], row[2]))]
+
+
+def shortest(pairs: Sequence[TokenizedPair]) -> TokenizedPair:
+    """Return the pair with the fewest tokens."""
+    return min(pairs, key=lambda pair: len(pair.chosen_ids) + len(pair.rejected_ids))
 
 
 def packed_tokens(pair: TokenizedPair, *, share: bool) -> int:

@@ -11,6 +11,8 @@ from orpo_lite.base.generation import read_generation_config
 from orpo_lite.data.dataset import PromptTokenizer
 from orpo_lite.model.generate import Answerer, Decoding
 from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.parallel import Processes
+from orpo_lite.model.sharding import is_sharded
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.records import SAMPLES, append_samples, read_samples
@@ -78,6 +80,8 @@ class SampleWriter:
         model: the model in training.
         path: the run folder, with the tokenizer and the generation config in ``adapter/``.
         stop: the signals received so far. After a signal no further batch is answered.
+        processes: the processes of the training. If they share the base, all of them must answer,
+            and the main process writes the answers. Else only the main process has prompts.
     """
 
     def __init__(
@@ -87,9 +91,10 @@ class SampleWriter:
         model: PairModel,
         path: Path,
         stop: Sequence[int],
+        processes: Processes,
     ) -> None:
         self.recipe, self.prompts, self.model, self.path = recipe, prompts, model, path
-        self.stop, self.is_failing = stop, False
+        self.stop, self.processes, self.is_failing = stop, processes, False
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -135,7 +140,7 @@ class SampleWriter:
                 for index, ids in batch.items():
                     answers[index] = self._text(ids)
                 yield Update("stage", "answering prompts", len(answers), len(missing))
-                if self.stop:
+                if self._is_stopping():
                     return False
             rows = [
                 {
@@ -150,13 +155,18 @@ class SampleWriter:
         except Exception as error:
             self.is_failing = True
             yield failure(UNANSWERED, error)
-        if rows:
+        if rows and self.processes.is_main:
             notes = [
                 *attempt(f"{self.path / SAMPLES} is not written", append_samples, self.path, rows)
             ]
             self.is_failing = bool(notes)
             yield from notes
         return True
+
+    def _is_stopping(self) -> bool:
+        if is_sharded(self.model):
+            return self.processes.any(bool(self.stop))
+        return bool(self.stop)
 
     def _missing(self, step: int) -> list[tuple[Prompt, str]]:
         """Return the prompts that have no answer at ``step`` yet, with their texts."""

@@ -19,6 +19,7 @@ from transformers.generation import logits_process
 from orpo_lite.base.generation import SAMPLING
 from orpo_lite.errors import first_line
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel
+from orpo_lite.model.sharding import from_first, is_sharded
 from orpo_lite.ops.devices import is_on_host, is_out_of_memory
 from orpo_lite.ops.layers import embed_on_device, embed_on_host
 
@@ -154,7 +155,11 @@ class Answerer:
         limit = min(decoding.max_new_tokens, *map(self.room, prompts))
         # generate() takes the largest score, and _Sampler makes it a sample. transformers' own
         # sampling cannot use one random generator for each row.
-        processors = [_Sampler(prompts, self.sampling, decoding)] if decoding.temperature else []
+        processors: list[Any] = []
+        if decoding.temperature:
+            processors.append(_Sampler(prompts, self.sampling, decoding))
+        if is_sharded(self.model):
+            processors.append(_of_first_process)
         output = self._generate(prompts, limit, logits_processor=processors, **options)
         return [self._without_end(row) for row in output.sequences.tolist()]
 
@@ -331,6 +336,15 @@ class _Sampler:
         for noise_V, generator in zip(noise_RV, self.generators, strict=True):
             noise_V.exponential_(1, generator=generator)
         return probabilities_RV / noise_RV.to(scores.device)
+
+
+def _of_first_process(_input_ids: Tensor, scores: Tensor) -> Tensor:
+    """Give the first process's token the largest score, so that all processes go on equally.
+
+    Processes that share the base must run the same passes, but their rounding may differ.
+    """
+    tokens_R1 = from_first(scores.argmax(-1, keepdim=True))
+    return torch.zeros_like(scores).scatter_(1, tokens_R1, 1.0)
 
 
 class _Forced:

@@ -4,10 +4,11 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from orpo_lite.data.packing import PairFacts, make_batch, micro_batches
+from orpo_lite.data.packing import PairFacts, make_batch, micro_batches, shortest
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
+from orpo_lite.model.sharding import is_sharded
 from orpo_lite.objectives.objective import Objective
 from orpo_lite.ops.outputs import PairScores
 from orpo_lite.recipe.schema import Recipe
@@ -87,9 +88,16 @@ def _forward(
     for number, chunk in enumerate(share):
         # Yield outside of `evaluating`, so that the caller's gradient setting does not change.
         yield number, len(share)
-        batch = make_batch([pairs[index] for index in chunk], batching).to(model.device)
+        if not chunk and not is_sharded(model):
+            continue
+        # Processes that share the base run the same number of passes, with the shortest pair if
+        # they have no other.
+        chosen = [pairs[index] for index in chunk] or [shortest(pairs)]
+        batch = make_batch(chosen, batching).to(model.device)
         with model.evaluating():
-            passes.append((chunk, model(batch), batch.facts))
+            logps = model(batch)
+        if chunk:
+            passes.append((chunk, logps, batch.facts))
     return passes
 
 

@@ -16,8 +16,10 @@ from orpo_lite.base.adapter import INITIAL, find_adapter, note_on_base, referenc
 from orpo_lite.base.find import Base
 from orpo_lite.errors import FitError, ModelError, Overrides, first_line
 from orpo_lite.model.adapter import add_lora, load_adapter
+from orpo_lite.model.load_sharded import LayerFiles, load_outer, shard_base
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.parallel import Processes
 from orpo_lite.model.ppo_adapters import add_ppo_adapters
 from orpo_lite.model.quantize import (
     bypassed_layers,
@@ -43,14 +45,25 @@ def choose_dtype(name: str, kind: str) -> torch.dtype:
     return dtype
 
 
-def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairModel:
+def load_pair_model(
+    recipe: Recipe, base: Base, device: torch.device, processes: Processes | None = None
+) -> PairModel:
     """Load the frozen base and add a LoRA adapter in float32.
 
     The base is quantised if ``quantization.load_in_4bit`` is set.
     ``peft.prepare_model_for_kbit_training`` is not used, because it copies embeddings, head and
     norms to float32.
+
+    ``processes``: the processes of a training. If ``memory.shard`` is a number, they divide the
+    base among them. None: the whole base is loaded.
     """
-    model = load_base(recipe, base, device)
+    mesh = processes.mesh(recipe) if processes else None
+    files: LayerFiles | None = None
+    if mesh and processes:
+        dtype = choose_dtype(recipe.model.dtype, device_kind(device))
+        model, files = load_outer(recipe, base, dtype, processes)
+    else:
+        model = load_base(recipe, base, device)
     name = recipe.model.adapter_name_or_path
     folder = find_adapter(name) if name else None
     # Layers that should be in 4 bit, but are not after loading.
@@ -61,6 +74,8 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
             f"quantization.load_in_4bit: {unquantized[0]} and similar layers are not quantised, "
             "because bitsandbytes' CPU kernel gives wrong numbers for rows of their width"
         )
+    if mesh and processes and files:
+        shard_base(pair_model, files, mesh, processes)
     if folder:
         pair_model.notes += note_on_base(folder, base.name, INITIAL)
         load_adapter(pair_model, folder)

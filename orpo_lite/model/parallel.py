@@ -11,8 +11,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather, parse_flag_from_env, reduce
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from orpo_lite.errors import Command, RecipeError
+from orpo_lite.errors import Command, Overrides, RecipeError
+from orpo_lite.recipe.schema import Recipe
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 LAUNCH = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -57,6 +59,30 @@ class Processes:
         self.count: int = self._state.num_processes
         self.is_main: bool = self._state.is_main_process
 
+    def mesh(self, recipe: Recipe) -> DeviceMesh | None:
+        """Return the processes that share a copy of the base with this one; None if none do.
+
+        Raises:
+            RecipeError: ``memory.shard`` does not divide the number of processes.
+        """
+        shards = recipe.memory.shards
+        if shards == 1:
+            return None
+        if self.count % shards:
+            raise RecipeError(
+                where=recipe.sources["memory.shard"],
+                found=f"memory.shard={shards} with {_count(self.count)}",
+                expected="a number that divides the number of processes",
+                fix=Command(f"orpo-lite launch --processes {shards} -- train ...")
+                if self.count == 1
+                else Overrides({"memory.shard": self.count}),
+            )
+        # Each row of this grid holds one copy of the base.
+        grid = init_device_mesh(
+            self.device.type, (self.count // shards, shards), mesh_dim_names=("copies", "shard")
+        )
+        return grid["shard"]
+
     def wait(self) -> None:
         """Wait until every process has called this."""
         self._state.wait_for_everyone()
@@ -79,6 +105,13 @@ class Processes:
         """Return, in every process, the smallest value of ``number`` in all processes."""
         return int(gather(torch.tensor([number], device=self.device)).min())
 
+    def all_equal(self, number: int) -> bool:
+        """Return, in every process, whether ``number`` is the same in all processes."""
+        if self.count == 1:
+            return True
+        found = gather(torch.tensor([number], device=self.device))
+        return bool((found == number).all())
+
     def any(self, flag: bool) -> bool:
         """Return, in every process, whether ``flag`` is true in at least one process."""
         if self.count == 1:
@@ -98,6 +131,10 @@ class Processes:
             parameters, total.split([grad.numel() for grad in grads]), strict=True
         ):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+
+def _count(processes: int) -> str:
+    return "one process" if processes == 1 else f"{processes} processes"
 
 
 def _check_environment() -> None:

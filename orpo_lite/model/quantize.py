@@ -6,12 +6,13 @@ built from its configuration alone.
 
 import inspect
 import re
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -134,33 +135,67 @@ def compute_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
 
 def quantize(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
     """Replace the layers of :func:`quantizable` by Linear4bit layers, as transformers does."""
-    settings = recipe.quantization
     # bitsandbytes creates this table at its first use and keeps it. If it were created on meta, a
     # model could not be loaded later.
     bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
+    for name, layer in quantizable(model).items():
+        linear = empty_linear4bit(layer, recipe, dtype)
+        set_quantised(linear, layer.weight.data)
+        model.set_submodule(name, linear)
+
+
+def empty_linear4bit(layer: Any, recipe: Recipe, dtype: torch.dtype) -> bnb.nn.Linear4bit:
+    """Return a Linear4bit for a linear or Conv1D layer, with its bias and without its weight.
+
+    The weight has the shape of the packed weight, but only one byte of memory.
+    """
+    settings = recipe.quantization
+    inputs, outputs = layer_shape(layer)
     options = {
         "compress_statistics": settings.bnb_4bit_use_double_quant,
         "quant_type": settings.bnb_4bit_quant_type,
     }
-    for name, layer in quantizable(model).items():
-        weight = layer.weight.data.t().contiguous() if is_transposed(layer) else layer.weight.data
-        packed, state = bnb.functional.quantize_4bit(weight, **options)
-        compute, bias = compute_dtype(recipe, dtype), layer.bias
-        linear = bnb.nn.Linear4bit(
-            *layer_shape(layer), bias is not None, compute, **options, device=weight.device
-        )
-        linear.source_cls = type(layer)  # transformers sets this attribute too
-        linear.weight = bnb.nn.Params4bit(
-            packed,
-            requires_grad=False,
-            quant_state=state,
-            bnb_quantized=True,
-            module=linear,
-            **options,
-        )
-        if bias is not None:
-            linear.bias = bias
-        model.set_submodule(name, linear)
+    linear = bnb.nn.Linear4bit(
+        inputs,
+        outputs,
+        layer.bias is not None,
+        compute_dtype(recipe, dtype),
+        **options,
+        device=META,
+    )
+    linear.source_cls = type(layer)  # transformers sets this attribute too
+    if layer.bias is not None:
+        linear.bias = layer.bias
+    byte = torch.zeros((), dtype=torch.uint8, device=layer.weight.device)
+    state = bnb.functional.QuantState(byte, torch.Size((outputs, inputs)), dtype=dtype)
+    _set_packed(linear, byte.expand(-(-inputs * outputs // 2), 1), state, options)
+    return linear
+
+
+def set_quantised(linear: bnb.nn.Linear4bit, weight: Tensor) -> None:
+    """Quantise a matrix and set it as the weight of a layer of :func:`empty_linear4bit`.
+
+    ``weight`` is the matrix as the layer that ``linear`` replaces holds it.
+    """
+    before = linear.weight
+    options = {"compress_statistics": before.compress_statistics, "quant_type": before.quant_type}
+    matrix = weight if linear.source_cls is nn.Linear else weight.t().contiguous()
+    packed, state = bnb.functional.quantize_4bit(matrix, **options)
+    _set_packed(linear, packed, state, options)
+
+
+def _set_packed(
+    linear: bnb.nn.Linear4bit, packed: Tensor, state: Any, options: Mapping[str, Any]
+) -> None:
+    linear.weight = bnb.nn.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        bnb_quantized=True,
+        module=linear,
+        **options,
+    )
+    linear.quant_state = state
 
 
 def misshapen(model: nn.Module) -> list[str]:

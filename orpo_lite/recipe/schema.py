@@ -266,6 +266,11 @@ class MemorySection(Section):
     """Keep the input embedding in host memory. This is not possible if the embedding is tied to the
     output head. auto: the plan chooses. Without a plan: false."""
 
+    shard: Literal["auto", "off"] | Annotated[int, Field(ge=2)] = "auto"
+    """Number of processes that share one copy of the base: each holds a part of every layer. off:
+    each process holds the whole base. auto: off if the base fits a GPU, else all processes of a
+    machine. Without a plan: off."""
+
     def unplanned(self) -> "MemorySection":
         """Return a copy for a training without a plan.
 
@@ -277,6 +282,11 @@ class MemorySection(Section):
         return self.model_copy(
             update={key: value for key, value in plain.items() if getattr(self, key) == "auto"}
         )
+
+    @property
+    def shards(self) -> int:
+        """Return the number of processes that share one copy of the base; 1 if none do."""
+        return self.shard if isinstance(self.shard, int) else 1
 
     def checkpointed(self, layers: int) -> int:
         """Return the number of checkpointed layers. They are the first layers of the model.

@@ -15,8 +15,9 @@ from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import Command, DivergedError, FitError, Overrides, RecipeError, first_line
 from orpo_lite.ops.devices import is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
+from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.commands import resume_command
-from orpo_lite.training.session import Session
+from orpo_lite.training.session import SMALLER, Session
 from orpo_lite.training.state import TrainState
 from orpo_lite.updates import Update
 
@@ -51,6 +52,25 @@ def shrink_memory(session: Session, batch: Sequence[TokenizedPair]) -> dict[str,
         session.inputs.base.config,
         session.path,
         "out of memory with one pair at a time and all layers checkpointed",
+    )
+
+
+def keep_smaller_settings(
+    session: Session, batch: Sequence[TokenizedPair], state: TrainState
+) -> FitError:
+    """Return the error of a step that ran out of memory in a process that shares the base.
+
+    The other processes wait for this one inside a pass, so the step cannot be repeated, and the
+    launcher ends them. The smaller settings are written to the run folder, and a resumed run reads
+    them.
+    """
+    settings = shrink_memory(session, batch)
+    write_text(session.path / SMALLER, to_json(settings))
+    return FitError(
+        where=f"run {session.path}, step {state.step + 1}, process {session.processes.rank}",
+        found="out of memory; processes that share the base cannot repeat a step",
+        expected="smaller micro-batches, which a resumed run uses",
+        fix=Command(resume_command(session.path).line, ", to resume from the last checkpoint"),
     )
 
 

@@ -6,11 +6,12 @@ from collections.abc import Generator, Sequence
 from torch import Tensor
 
 from orpo_lite.model.held_out import evaluate
+from orpo_lite.model.sharding import is_sharded
 from orpo_lite.ops.devices import is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.records import append_metrics, append_scores
-from orpo_lite.training.faults import report_not_finite, shrink_memory
+from orpo_lite.training.faults import keep_smaller_settings, report_not_finite, shrink_memory
 from orpo_lite.training.ppo import evaluate_ppo, take_ppo_step
 from orpo_lite.training.session import Session, save_checkpoint
 from orpo_lite.training.state import TrainState
@@ -70,6 +71,10 @@ def train_steps(
         try:
             take = take_ppo_step if session.recipe.loss.type == "ppo" else take_step
             metrics, finite = take(session, batch, state)
+        except RuntimeError as error:
+            if not (is_out_of_memory(error) and is_sharded(session.pair_model)):
+                raise
+            raise keep_smaller_settings(session, batch, state) from error
         except OutOfMemory:
             state.memory = shrink_memory(session, batch)
             session.set_memory(state.memory)

@@ -27,10 +27,14 @@ from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.commands import resume_command
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.runs.inputs import Inputs
-from orpo_lite.runs.records import cut_records
+from orpo_lite.runs.records import cut_records, read_json
 from orpo_lite.training import checkpoint
 from orpo_lite.training.state import TrainState
 from orpo_lite.updates import Update
+
+SMALLER = "smaller_memory.json"
+"""File of a run folder: the settings of ``memory`` for a resumed run, after a shortage of memory in
+a process that shares the base with others."""
 
 
 @dataclass
@@ -116,7 +120,7 @@ def load_session(
     yield Update("stage", f"loading {inputs.base.name}")
     objective = find_objective(recipe.loss)
     try:
-        pair_model = load_pair_model(recipe, inputs.base, processes.device)
+        pair_model = load_pair_model(recipe, inputs.base, processes.device, processes)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -231,6 +235,8 @@ def restore_session(
         state = checkpoint.restore(folder, session.pair_model, session.optimizer)
         if session.scaler.is_enabled():
             session.scaler.load_state_dict(state.scaler)
+    smaller = session.path / SMALLER
+    state.memory |= read_json(smaller) if smaller.is_file() else {}
     session.processes.on_main(cut_records, session.path, state.step, state.evaluated_step)
     yield Update("note", f"resuming after step {state.step} of {session.steps}")
     state.memory = {

@@ -14,10 +14,11 @@ from typing import cast
 
 import torch
 
-from orpo_lite.data.packing import Batching, make_batch, micro_batches
+from orpo_lite.data.packing import Batching, make_batch, micro_batches, shortest
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
+from orpo_lite.model.sharding import is_sharded
 from orpo_lite.objectives.objective import Objective
 from orpo_lite.ops.devices import is_out_of_memory
 from orpo_lite.recipe.text import GIB
@@ -107,20 +108,28 @@ def accumulate(
         scaler.scale(torch.zeros((), device=processes.device))
         chunks = micro_batches(batch, batching, rank=rank, world=processes.count)
         for number, chunk in enumerate(chunks):
-            rows = make_batch([batch[index] for index in chunk], batching).to(processes.device)
+            pairs = [batch[index] for index in chunk]
+            if is_idle := not chunk:
+                if not is_sharded(model):
+                    continue
+                # The other processes need this one to gather the weights of each layer.
+                pairs = [shortest(batch)]
+            rows = make_batch(pairs, batching).to(processes.device)
             seed_dropout(seed, step, number, rank)
             logps = model(rows)
             loss, share = objective.loss(logps, rows.facts, divisors)
-            processes.backward(scaler.scale(loss))
-            # Add on the device: reading the value would make the host wait before the next batch.
-            parts.add_(share)
+            processes.backward(scaler.scale(0 * loss if is_idle else loss))
+            if not is_idle:
+                # Add on the device: reading the value would make the host wait.
+                parts.add_(share)
         return parts
 
     parts = None
     try:
         parts = run_passes()
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        # Processes that share the base wait for this one inside a pass, so none can be repeated.
+        if not is_out_of_memory(error) or is_sharded(model):
             raise
     trained = [parameter for _, parameter in model.trained()]
     if processes.any(parts is None):
