@@ -160,6 +160,12 @@ class DivergedError(OrpoLiteError):
     exit_code = 7
 
 
+class LostProcessError(OrpoLiteError):
+    """Another process of the training ended, so this one cannot go on."""
+
+    exit_code = 9
+
+
 class HubError(OrpoLiteError):
     """The hub cannot be reached, refuses a request, or lacks the repository or file."""
 

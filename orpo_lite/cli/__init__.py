@@ -7,6 +7,7 @@ only modules that come before it in the list. The modules with commands do not i
 
 # Importing one of these modules adds its commands to the application.
 import orpo_lite.cli.compare_command
+import orpo_lite.cli.launch_command
 import orpo_lite.cli.model_commands
 import orpo_lite.cli.result_commands
 import orpo_lite.cli.setup_commands

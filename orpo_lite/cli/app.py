@@ -18,7 +18,7 @@ from orpo_lite.cli.completion import complete_key, complete_recipe, complete_run
 from orpo_lite.cli.console import err, out, protect_output
 from orpo_lite.cli.finish import STOPPED
 from orpo_lite.cli.quiet import is_first_process
-from orpo_lite.errors import Command, OrpoLiteError, RecipeError
+from orpo_lite.errors import Command, LostProcessError, OrpoLiteError, RecipeError
 
 if TYPE_CHECKING:
     from orpo_lite.recipe.schema import Recipe
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 BEFORE, DURING, RESULTS, AFTER = "Before training", "Train", "Results", "After training"
 ORDER = (
     *("recipes", "data", "plan", "doctor"),
-    "train",
+    *("train", "launch"),
     *("eval", "compare", "score", "report", "generate", "chat"),
     *("merge", "export", "push"),
 )
@@ -57,6 +57,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+LAUNCHED = "ORPO_LITE_LAUNCHED"
+"""Environment variable of the processes of `orpo-lite launch`, which reports how they end."""
 BUG = 70  # exit code of a bug: EX_SOFTWARE of sysexits.h
 
 
@@ -73,6 +75,10 @@ def main() -> None:
         if end.code == STOPPED:
             _leave(STOPPED)
         raise
+    except LostProcessError as error:
+        if is_first_process() and LAUNCHED not in os.environ:
+            err.print(str(error))
+        sys.exit(error.exit_code)
     except OrpoLiteError as error:
         # With accelerate each process raises an error. Only the first one prints it in full.
         err.print(

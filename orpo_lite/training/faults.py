@@ -12,7 +12,16 @@ from transformers import enable_full_determinism
 
 from orpo_lite.data.packing import micro_batches
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.errors import Command, DivergedError, FitError, Overrides, RecipeError, first_line
+from orpo_lite.errors import (
+    Command,
+    DivergedError,
+    FitError,
+    LostProcessError,
+    Overrides,
+    RecipeError,
+    first_line,
+)
+from orpo_lite.model.parallel import is_lost
 from orpo_lite.ops.devices import is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
@@ -144,6 +153,12 @@ def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_lost(error):
+            raise LostProcessError(
+                where=f"run {path}",
+                found="another process of the training ended",
+                fix=Command(resume_command(path).line, ", with the same launcher"),
+            ) from error
         if is_out_of_memory(error):
             found = f"the GPU is out of memory ({first_line(error)})"
             smaller = {"memory.micro_batch_tokens": max(1, recipe.micro_batch_tokens // 2)}

@@ -5,6 +5,7 @@ from collections.abc import Generator, Sequence
 
 from torch import Tensor
 
+from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.held_out import evaluate
 from orpo_lite.model.sharding import is_sharded
 from orpo_lite.ops.devices import is_out_of_memory
@@ -69,12 +70,7 @@ def train_steps(
             return
         batch = session.batch(state.step)
         try:
-            take = take_ppo_step if session.recipe.loss.type == "ppo" else take_step
-            metrics, finite = take(session, batch, state)
-        except RuntimeError as error:
-            if not (is_out_of_memory(error) and is_sharded(session.pair_model)):
-                raise
-            raise keep_smaller_settings(session, batch, state) from error
+            metrics, finite = _take(session, batch, state)
         except OutOfMemory:
             state.memory = shrink_memory(session, batch)
             session.set_memory(state.memory)
@@ -89,6 +85,19 @@ def train_steps(
         yield Update("step", session.objective.line(metrics), state.step, session.steps, metrics)
         if not finite:
             yield report_not_finite(session, batch, state)
+
+
+def _take(
+    session: Session, batch: Sequence[TokenizedPair], state: TrainState
+) -> tuple[dict[str, float], bool]:
+    """Take a step. Return what :func:`take_step` returns."""
+    take = take_ppo_step if session.recipe.loss.type == "ppo" else take_step
+    try:
+        return take(session, batch, state)
+    except RuntimeError as error:
+        if is_out_of_memory(error) and is_sharded(session.pair_model):
+            raise keep_smaller_settings(session, batch, state) from error
+        raise
 
 
 def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None, None]:
