@@ -136,4 +136,4 @@ def _hush() -> None:
     """Keep the launcher's own messages off the screen: each process reports its error itself."""
     import logging
 
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)

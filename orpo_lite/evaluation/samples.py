@@ -176,7 +176,14 @@ class SampleWriter:
             if step in sample.by_step
         }
         shown = [(prompt, prompt.text or self._text(prompt.ids)) for prompt in self.prompts]
-        return [(prompt, text) for prompt, text in shown if (prompt.source, text) not in known]
+        places = [
+            place
+            for place, (prompt, text) in enumerate(shown)
+            if (prompt.source, text) not in known
+        ]
+        if is_sharded(self.model):  # the others may read the file before it is written
+            places = self.processes.from_main(places)
+        return [shown[place] for place in places]
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()

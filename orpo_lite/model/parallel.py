@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather, parse_flag_from_env, reduce
+from accelerate.utils import (
+    DistributedType,
+    broadcast_object_list,
+    gather,
+    parse_flag_from_env,
+    reduce,
+)
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -117,6 +123,12 @@ class Processes:
         if self.count == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item() > 0)
+
+    def from_main(self, numbers: list[int]) -> list[int]:
+        """Return, in every process, the ``numbers`` of the main process."""
+        found = [numbers]
+        broadcast_object_list(found)
+        return found[0]
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Set each gradient to its sum over all processes.
