@@ -192,10 +192,16 @@ def _gradient(
     logps_3P = mean_logps(model, pairs, route)
     weights_3 = logps_3P.new_tensor([1.0, -2.0, 0.5])
     parameters = [parameter for _, parameter in model.trained()]
-    gradient = torch.autograd.grad(
-        (weights_3 @ logps_3P).sum(), parameters, allow_unused=True, materialize_grads=True
-    )
-    return list(gradient)
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        # torch.autograd.grad would leave out the nodes with which FSDP2 frees gathered weights.
+        (weights_3 @ logps_3P).sum().backward()  # type: ignore[no-untyped-call]
+        return [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
 
 
 def _distance(found: list[Tensor], expected: list[Tensor]) -> float:

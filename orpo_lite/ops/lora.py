@@ -139,7 +139,7 @@ def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: floa
     import bitsandbytes as bnb
 
     bias_O = None if layer.bias is None else layer.bias.to(x.dtype)
-    y: Tensor = bnb.matmul_4bit(x, layer.weight.data, layer.weight.quant_state, bias=bias_O)
+    y: Tensor = bnb.matmul_4bit(x, layer.weight.data, quant_state(layer), bias=bias_O)
     return y.add_((x @ a_RI.to(x.dtype).t()) @ b_OR.to(x.dtype).t(), alpha=scale)
 
 
@@ -161,7 +161,7 @@ def frozen_weight(layer: nn.Module) -> Weight | None:
 
         def dequantised() -> Tensor:
             weight: Any = layer.weight
-            matrix_OI: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            matrix_OI: Tensor = bnb.functional.dequantize_4bit(weight.data, quant_state(layer))
             return matrix_OI
 
         return dequantised if layer.compute_dtype in (None, _used_dtype(layer)) else None
@@ -170,10 +170,18 @@ def frozen_weight(layer: nn.Module) -> Weight | None:
 
 def _used_dtype(layer: Any) -> torch.dtype:
     """Return the dtype of a layer's dequantised matrix, usually the dtype of the hidden states."""
-    weight = layer.weight
-    is_quantised = hasattr(weight, "quant_state")
-    dtype: torch.dtype = weight.quant_state.dtype if is_quantised else weight.dtype
+    state = quant_state(layer)
+    dtype: torch.dtype = layer.weight.dtype if state is None else state.dtype
     return dtype
+
+
+def quant_state(layer: Any) -> Any:
+    """Return the quantisation state of a 4-bit layer; None if the layer is not in 4 bit.
+
+    The weight that FSDP2 gathers has no state, but its layer has it.
+    """
+    state = getattr(layer.weight, "quant_state", None)
+    return getattr(layer, "quant_state", None) if state is None else state
 
 
 def _fused(layer: Any, weight: Weight, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
