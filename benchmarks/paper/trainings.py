@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 import torch
 
 from benchmarks.paper.answers import compared
-from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.claims import EXPERIMENTS
 from benchmarks.paper.study import Base, Study
 from orpo_lite.errors import OrpoLiteError
 
