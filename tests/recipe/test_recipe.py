@@ -484,6 +484,31 @@ def test_a_contradiction_names_both_keys(
     assert [part for part in expected if part not in said] == [], said
 
 
+@pytest.mark.parametrize(
+    ("loss", "key", "value", "default"),
+    [
+        ("sft", "beta", "0.5", "0.1"),
+        ("reward", "beta", "0.5", "0.1"),
+        ("ppo", "beta", "0.5", "0.1"),
+        ("ppo", "nll_reduction", "pair", "token"),
+        ("ppo", "completion_only_loss", "true", "null"),
+    ],
+)
+def test_a_setting_that_the_loss_does_not_use_is_refused(
+    write: Write, loss: str, key: str, value: str, default: str
+) -> None:
+    more = [f"loss.type={loss}"]
+    if loss == "ppo":
+        more.append("loss.reward_adapter_name_or_path=reward/adapter")
+    said = message(write(MINIMAL), *more, f"loss.{key}={value}")
+    assert said.startswith("command line:")
+    assert f"it has no effect on {loss}" in said
+    assert said.endswith(f"fix: loss.{key}={default}")
+    load_recipe(write(MINIMAL), [*more, f"loss.{key}={value}", f"loss.{key}={default}"])
+    if key == "beta":  # a recipe that sets it works with any loss
+        load_recipe(write(MINIMAL + "loss:\n  beta: 0.5\n"), more)
+
+
 def test_all_faults_come_at_once(write: Write) -> None:
     name = write(
         "model:\n  model_name: x\ndata:\n  dataset_name: d\n  max_length: x\nlora:\n  r: 1\n  r: 2\n"
