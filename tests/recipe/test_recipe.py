@@ -769,9 +769,10 @@ LAMBDA = {  # PAPER.md: Mistral 0.1, Llama-2 0.2, Phi-2 0.25, OPT 1.0; 0.1 where
     "phi2-qlora": 0.25, "opt-125m": 1.0, "opt-350m": 1.0, "opt-1.3b": 1.0,
     "paper-orpo": 1.0,
 }  # fmt: skip
-ARMS = {  # PAPER.md: loss, epochs, and ten times the paper's learning rate (reward: that of SFT)
+# PAPER.md: loss, epochs, and ten times the paper's learning rate (reward: that of SFT; ppo: its own)
+ARMS = {
     "paper-orpo": ("orpo", 10, 8e-5), "paper-sft": ("sft", 1, 1e-4), "paper-dpo": ("dpo", 3, 5e-5),
-    "paper-reward": ("reward", 1, 1e-4),
+    "paper-reward": ("reward", 1, 1e-4), "paper-ppo": ("ppo", 1, 1e-5),
 }  # fmt: skip
 
 
@@ -815,6 +816,13 @@ def test_the_arms_of_the_paper_differ_in_the_objective_only() -> None:
     chosen = {"loss.type", "loss.beta", "model.adapter_name_or_path"} | {
         f"training.{key}" for key in ("output_dir", "num_train_epochs", "learning_rate")
     }
+    of_ppo = {"training.global_batch_size": 64, "loss.response_length": 256}
+    of_ppo["loss.reward_adapter_name_or_path"] = (
+        f"{arms['paper-reward'].training.output_dir}/adapter"
+    )
+    ppo = arms["paper-ppo"]
+    assert {key: dict(ppo.items())[key] for key in of_ppo} == of_ppo
+    arms["paper-ppo"] = ppo.override({key: dict(arms["paper-dpo"].items())[key] for key in of_ppo})
     shared = [
         {key: value for key, value in recipe.items() if key not in chosen}
         for recipe in arms.values()
@@ -822,7 +830,7 @@ def test_the_arms_of_the_paper_differ_in_the_objective_only() -> None:
     assert shared == [shared[0]] * len(ARMS)
     starts = {name: recipe.model.adapter_name_or_path for name, recipe in arms.items()}
     of_sft = f"{arms['paper-sft'].training.output_dir}/adapter"
-    assert starts == dict.fromkeys(ARMS, None) | {"paper-dpo": of_sft}
+    assert starts == dict.fromkeys(ARMS, None) | dict.fromkeys(("paper-dpo", "paper-ppo"), of_sft)
     assert arms["paper-dpo"].loss.beta == 0.1
     early = {"training.early_stopping_patience": 3, "training.output_dir": "runs/opt-350m"}
     assert dict(arms["paper-orpo"].items()) | early == dict(load_recipe("opt-350m").items())
