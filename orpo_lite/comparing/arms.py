@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any, get_args
 
 from orpo_lite.errors import OrpoLiteError, Overrides, RecipeError, reworded
-from orpo_lite.recipe.checks import LOSSES_WITH
+from orpo_lite.recipe.checks import LOSSES_WITH, LOSSES_WITHOUT
 from orpo_lite.recipe.loss import LossSection
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import SECTIONS, Recipe
@@ -70,8 +70,6 @@ JUDGE_OWN = (
     "data.max_prompt_length",
 )
 OF_EVERY_LOSS = ("loss.completion_only_loss", "loss.nll_reduction")
-WITHOUT_BETA = ("sft", "reward", "ppo")
-"""The values of ``loss.type`` that do not use ``loss.beta``."""
 LEAVE_OUT = "leave the word out"
 OVERRIDE = re.compile(rf"(?<![\w.:])((?:{'|'.join(SECTIONS)})\.\w+)(?==)")
 """Matches ``section.key`` before an equals sign, unless the name of an arm is before it."""
@@ -194,7 +192,7 @@ def uses(loss: str, key: str) -> bool:
         return True
     if name in LOSSES_WITH:
         return loss in LOSSES_WITH[name]
-    return name != "beta" or loss not in WITHOUT_BETA
+    return loss not in LOSSES_WITHOUT.get(name, ())
 
 
 def _is_of_one_loss(key: str) -> bool:
@@ -296,7 +294,8 @@ def arm_recipe(name: str, words: Words, arm: Arm, seed: int) -> Recipe:
     base = load_recipe(name, words.common)
     own = [f"loss.type={arm.loss}", f"training.seed={seed}"]
     if base.loss.type != arm.loss:
-        keys = [f"loss.{key}" for key in ("beta", *LOSSES_WITH)]
+        unused = (key for key, losses in LOSSES_WITHOUT.items() if arm.loss in losses)
+        keys = [f"loss.{key}" for key in dict.fromkeys(("beta", *unused, *LOSSES_WITH))]
         values = dict(base.items())
         own += [
             _word(key, arm.settings.get(key, _default(key)))
