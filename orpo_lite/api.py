@@ -161,7 +161,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
                 yield Update("note", note)
             write_adapter_files(path / "adapter", adapter_files)
         stop = stack.enter_context(collect_signals())
-        stack.enter_context(explain_faults(resolved, inputs.base.config, path))
+        stack.enter_context(explain_faults(resolved, inputs.base.config, path, processes.device))
         resumed = _ResumedRun(recipe, changed, lock) if resume else None
         return (yield from _train(resolved, inputs, path, processes, stop, resumed))
 

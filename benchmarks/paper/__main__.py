@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.data import processor
-from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.claims import EXPERIMENTS
 from benchmarks.paper.page import verdict_text, write_page
 from benchmarks.paper.study import DATA, MAIN, MODELS, Study
 from benchmarks.paper.trainings import jobs_of, train_all

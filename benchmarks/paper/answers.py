@@ -38,8 +38,8 @@ NAMES = {
     "ppo": "PPO",
     "orpo": "ORPO",
 }
-CLAIMED = ("sft", "sft-equal-epochs", "dpo", "ppo")
-"""The arms against which ORPO is claimed to win."""
+CLAIMED = ("sft", "ppo")
+"""The arms against which ORPO is claimed to win with small models."""
 DRAWN = ("sft", "dpo", "ppo", "orpo")
 """The arms whose rewards are drawn."""
 
@@ -161,7 +161,7 @@ def check_wins(found: Compared) -> list[Check]:
     checks = [
         _check(
             "the judge ranks more than half of the pairs correctly",
-            "held-out pairs",
+            "pairs of other prompts",
             accuracy,
             minimum=0.5,
             is_claim=False,
@@ -204,20 +204,22 @@ def describe_wins(found: Compared) -> str:
     """Return how much was trained, answered and judged, and how good the judge is."""
     result, pairs = found.result, found.pairs
     accuracy = f"The judge is a reward model of {found.judge}. It ranks "
-    accuracy += f"{shown(result.judge.accuracy)} of {result.judge.pairs} pairs correctly that it "
-    accuracy += "was not trained on"
+    accuracy += f"{shown(result.judge.accuracy)} of {result.judge.pairs} pairs correctly, none of "
+    accuracy += "which it was trained on"
     accuracy += (
-        ", so it is better than chance."
+        ". That is better than chance, and far from certain."
         if result.judge.is_trusted
         else ", which is not clearly better than chance: its rewards decide nothing, and each "
         "verdict is 'cannot tell', whatever the win rates are."
     )
+    trainings = "1 training" if result.seeds == 1 else f"{result.seeds} trainings"
+    cut = np.mean([arm.cut for arm in result.arms])
     return (
         f"{pairs['arms']} pairs train the arms, {pairs['judge']} other pairs the judge, "
-        f"{pairs['validation']} pairs are for the evaluations. Each arm has {result.seeds} seed "
-        f"and gives {result.rounds} answers of at most {TOKENS} tokens to each of "
-        f"{result.prompts} held-out prompts, at temperature {result.temperature:g}. {accuracy} "
-        f"The whole comparison took {found.seconds / 60:.0f} minutes."
+        f"{pairs['validation']} pairs are for the evaluations. {trainings} of each arm gives "
+        f"{result.rounds} answers of at most {TOKENS} tokens to each of {result.prompts} held-out "
+        f"prompts, at temperature {result.temperature:g}; {cut:.0%} of the answers are cut at that "
+        f"length. {accuracy} The whole comparison took {found.seconds / 60:.0f} minutes."
     )
 
 

@@ -21,8 +21,7 @@ class Check:
 
     statement: str
     pairs: str
-    """The pairs or samples on which the value was measured. The checks of one kind of pairs have
-    one verdict together."""
+    """The pairs or samples on which the value was measured."""
     value: float
     low: float | None = None
     """Lower end of the 95% interval; None if there is no interval."""
@@ -34,10 +33,18 @@ class Check:
     maximum: float | None = None
     """The statement is true if the value is smaller than this; None: no upper bound. If both bounds
     are equal, the statement is true if the value is equal to them."""
+    claim: str = ""
+    """The part of the paper's claim that the statement belongs to. The statements of a part have
+    one verdict together. "": they have one for each kind of pairs."""
     is_claim: bool = True
     """False: reported next to the claim, and not part of its verdict."""
     is_trusted: bool = True
     """False: what measured the value is not clearly better than chance, so there is no verdict."""
+
+    @property
+    def part(self) -> str:
+        """Return the name of the statements with which this one has a verdict together."""
+        return self.claim or self.pairs
 
     @property
     def verdict(self) -> Verdict:

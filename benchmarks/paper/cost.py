@@ -120,7 +120,7 @@ def _checks(rows: dict[str, int], seconds: dict[str, list[float]], epochs: float
         ),
         Check(
             f"the same for a training of {epochs:g} epochs, with the reference computed once",
-            "one step",
+            "calculated from it",
             epochs * rows[orpo] / (epochs * rows[known] + reference),
             is_claim=False,
         ),

@@ -12,6 +12,8 @@ from benchmarks.paper.check import Check, over_pairs, together
 from benchmarks.paper.study import MAIN, SECOND, Base, Run, Scores, Study
 
 SAMPLES = 50_000
+MEANS, SUMS = "mean log P, as printed", "summed log P"
+"""The two forms of the probability ratio in E4."""
 PAIRS = ("held-out", "training")
 SIDES = ("chosen", "rejected", "margin")
 LAMBDAS = ("0.1", "0.5", "1", "5")
@@ -30,11 +32,10 @@ class Outcome:
     """A table of what was measured. Its first row has the names of the columns."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the checks, the verdict of each kind of pairs, and the data of the plot."""
-        kinds = dict.fromkeys(check.pairs for check in self.checks if check.is_claim)
+        """Return the checks, the verdict of each part of the claim, and the data of the plot."""
+        parts = dict.fromkeys(check.part for check in self.checks if check.is_claim)
         verdicts = {
-            kind: together([check for check in self.checks if check.pairs == kind])
-            for kind in kinds
+            part: together([check for check in self.checks if check.part == part]) for part in parts
         }
         return {
             "verdicts": verdicts,
@@ -187,6 +188,10 @@ def orpo(study: Study) -> Outcome:
     for base in (MAIN, SECOND):
         plain, tuned = study.runs("sft", base), study.runs("orpo-1", base)
         lines |= {f"{base.name} SFT": plain, f"{base.name} ORPO": tuned}
+        for side in ("chosen", "margin"):
+            what = "the margin" if side == "margin" else "the chosen log-probability"
+            statement = f"{base.name}: ORPO raises {what}"
+            checks += check_runs(statement, tuned, change_of(f"{side}_P"), minimum=0.0)
         checks += check_runs(
             f"{base.name}: the margin of ORPO is larger than that of SFT",
             tuned,
@@ -249,37 +254,28 @@ def weight(study: Study) -> Outcome:
 def ratio(study: Study) -> Outcome:
     """Compare the odds ratio with the probability ratio, of means and of sums."""
     odds, mean, total = (study.runs(name) for name in ("orpo-1", "pr-mean", "pr-sum"))
-    checks: list[Check] = []
+    rejected, checks = change_of("rejected_P"), list[Check]()
+    ratios = ((MEANS, "the ratio of means", mean), (SUMS, "the ratio of sums", total))
+    for claim, name, runs in ratios:
+        statement = f"{name} pushes the rejected log-probability below that of the base"
+        checks += check_runs(statement, runs, rejected, maximum=0.0, claim=claim)
+        statement = f"{name}: the rejected log-probability ends under -4"
+        checks += check_runs(statement, runs, end_of("rejected_P"), maximum=-4.0, claim=claim)
+    statement = "the odds ratio does not push the rejected log-probability below that of the base"
+    checks += check_runs(statement, odds, rejected, minimum=0.0, claim="odds ratio")
     for side in ("chosen", "rejected"):
         checks += check_runs(
-            f"{side} log-probability: the odds ratio and the ratio of mean log-probabilities "
-            "end within 0.05 nat of each other",
+            f"{side} log-probability: the odds ratio and the ratio of means end within 0.05 nat",
             odds,
             end_of(f"{side}_P"),
             mean,
             minimum=-0.05,
             maximum=0.05,
+            is_claim=False,
         )
-    checks += check_runs(
-        "the ratio of mean log-probabilities: the rejected log-probability ends under -4",
-        mean,
-        end_of("rejected_P"),
-        maximum=-4.0,
-        is_claim=False,
-    )
-    named = (("the odds ratio", odds), ("the ratio of summed log-probabilities", total))
-    for name, runs in named:
-        bounds = {"maximum": -4.0} if runs is total else {"minimum": -4.0}
-        where = "under" if runs is total else "above"
-        checks += check_runs(
-            f"{name}: the rejected log-probability ends {where} -4",
-            runs,
-            end_of("rejected_P"),
-            **bounds,
-        )
-        for side in ("chosen", "rejected"):
-            statement = f"{name}: change of the {side} log-probability from the base"
-            checks += check_runs(statement, runs, change_of(f"{side}_P"), is_claim=False)
+    for name, runs in (("the odds ratio", odds), *((name, runs) for _, name, runs in ratios)):
+        statement = f"{name}: change of the chosen log-probability from the base"
+        checks += check_runs(statement, runs, change_of("chosen_P"), is_claim=False)
     lines = {"odds ratio": odds, "ratio of means": mean, "ratio of sums": total}
     return Outcome(checks, curves(lines))
 
@@ -315,150 +311,3 @@ def passes(study: Study) -> Outcome:
 def formats(study: Study) -> Outcome:
     """Answer some prompts of each grader, and read the answers as the grader does."""
     return Outcome(graders.check(study))
-
-
-LOGPS = (
-    "Log-probabilities are means over the tokens of a reply (Eq. 3). The paper's Fig. 7 is drawn "
-    "from training batches. Here they are measured on pairs that were not trained on, and also on "
-    "the training pairs."
-)
-SMALL = (
-    "The bases are small story models that cannot answer instructions, and a few hundred pairs "
-    "teach them little about which reply is better."
-)
-
-EXPERIMENTS: dict[str, Experiment] = {
-    "E0": Experiment(
-        "The spread of the two ratios",
-        "Fig. 6, Appendix B",
-        "For two random probabilities, the log odds ratio has a much wider distribution than the "
-        "log probability ratio times β. A loss on the odds ratio is therefore satisfied without "
-        "an extreme contrast between the two replies.",
-        f"{SAMPLES:,} samples of X1 and X2, uniform between 0 and 1. Exact values: 2β² for "
-        "β(log X1 - log X2), and 2π²/3 for logit X1 - logit X2.",
-        "This is a fact about uniform probabilities. The probability of a reply is not uniform: "
-        "where it is small, log odds and log-probability are nearly equal (see E4).",
-        spread,
-    ),
-    "E1": Experiment(
-        "SFT also makes rejected replies likely",
-        "Fig. 3, Section 3",
-        "Fine-tuning on the chosen replies alone raises the log-probability of the rejected "
-        "replies too. The NLL has nothing that holds rejected replies back.",
-        f"SFT on both bases. {LOGPS}",
-        "Part of the rise is the chat template and the style of the data, which are new to the "
-        "bases. The paper's model, OPT-350M, is hundreds of times larger.",
-        sft,
-        ((MAIN, "sft"), (SECOND, "sft")),
-    ),
-    "E2": Experiment(
-        "ORPO separates the two replies",
-        "Fig. 7, Section 7",
-        "ORPO learns the chosen replies as SFT does, and holds the rejected replies back: the "
-        "ratio between the two grows during the training.",
-        f"SFT, and ORPO with λ = 1, on both bases with the same pairs in the same order. {LOGPS}",
-        f"{SMALL} A lower rejected log-probability alone is no success, because the chosen one may "
-        "be lower too: see the first table. In the paper's figure the rejected log-probability "
-        "itself falls. That stronger form is a row of the table, and no part of the verdict.",
-        orpo,
-        ((MAIN, "sft"), (MAIN, "orpo-1"), (SECOND, "sft"), (SECOND, "orpo-1")),
-    ),
-    "E3": Experiment(
-        "A larger λ separates more, and costs likelihood",
-        "Fig. 9, Appendix E",
-        "As λ grows, the margin between chosen and rejected replies grows, and the chosen "
-        "replies end with a lower log-probability.",
-        f"ORPO with λ = 0.1, 0.5, 1 and 5, from the same base and pairs. {LOGPS} Each step from "
-        "one λ to the next must hold.",
-        f"{SMALL} The paper compares λ = 0.1, 0.5 and 1 with Mistral 7B on UltraFeedback.",
-        weight,
-        tuple((MAIN, f"orpo-{name}") for name in LAMBDAS),
-    ),
-    "E4": Experiment(
-        "The odds ratio, or the probability ratio of sums",
-        "Fig. 8, Appendix B",
-        "With the probability ratio in place of the odds ratio, the rejected replies are pushed "
-        "too far: their log-probability falls under -4. With the odds ratio it does not.",
-        "ORPO with λ = 1, and the probability ratio with weight 1, of mean and of summed "
-        f"log-probabilities. {LOGPS} P is a mean over tokens in Eq. 3. Then log(1 - P) is close to "
-        "0, because P is small, and both ratios should be nearly one loss. So the fall of Fig. 8 "
-        "is looked for in the ratio of sums, and the verdict is about sums.",
-        "The base gives these replies about -4 before any training, so -4 is no deep "
-        "level here. The changes from the base are in the table too.",
-        ratio,
-        ((MAIN, "orpo-1"), (MAIN, "pr-mean"), (MAIN, "pr-sum")),
-    ),
-    "E5": Experiment(
-        "ORPO wins against SFT, DPO and PPO",
-        "Tables 2 and 3, Figs. 5 and 11",
-        "A reward model prefers the answers of ORPO to those of SFT (69 to 84% of the pairs of "
-        "answers), to those of PPO (66 to 86%), and to those of DPO: with OPT-1.3B (58 and 71%), "
-        "and more so as the model grows; with the smaller models it is 42 to "
-        "51%. The paper trains ORPO for up to ten epochs and SFT for one. It has no SFT with as "
-        "many epochs: that arm is added here, because without it a win over SFT may only show more "
-        "training.",
-        "`orpo-lite compare` on stories260k and pairs of at most "
-        f"{answers.SHORT.max_length} tokens. λ is 1, as for OPT in the paper. DPO, SimPO and PPO "
-        "start from the adapter of SFT. Three epochs, but one for SFT, and "
-        f"{answers.PPO_STEPS} steps for PPO. The last adapter of each arm is measured. DPO, SimPO "
-        "and PPO have a tenth of the learning rate of SFT and ORPO, because their losses have no "
-        "NLL. Two reward models are trained on disjoint halves of the prompts: the judge, and "
-        "that of PPO, which is an adapter of the same base as the arms and sees the pairs of the "
-        f"arms. The latter has a learning rate of {answers.REWARD_RATE:g}, the best of four by its "
-        "loss on the evaluation pairs. Both keep the adapter with the lowest such loss. A tie "
-        "counts as half a win. SimPO is not in the paper; it is reported.",
-        "A judge as small as this one sees style more than content: a win is a difference of its "
-        "rewards, and people may prefer the other answer. There is one training of each arm and "
-        "one judge, so their errors are not in the intervals. No arm's learning rate was searched: "
-        "one that loses may need another. PPO had few steps and short answers. Nearly all answers "
-        "are cut at the largest length. The paper's judge has 1.3B parameters, and later tables, "
-        "such as that of SimPO (arXiv 2405.14734), have DPO ahead of ORPO.",
-        wins,
-        is_of_answers=True,
-    ),
-    "E6": Experiment(
-        "Diversity of the answers of ORPO and DPO",
-        "Table 4, Section 6.3",
-        "The answers of ORPO to one prompt are more alike than those of DPO (higher per-input "
-        "diversity PID), and its answers to different prompts are less alike (lower across-input "
-        "diversity AID).",
-        "PID is the mean cosine of the embeddings of the answers to the same prompt, and AID that "
-        "of the first answers to different prompts (Eq. 12 to 15). A high value means little "
-        "diversity. The intervals are over prompts; both arms answer the same prompts with the "
-        "same random numbers.",
-        "There is one training of each arm, so the error of the training is not measured. The "
-        "answers are short, and those of a story model have little to do with the prompt, so AID "
-        "measures style more than content. The paper's Phi-2 and Llama-2 answer prompts of "
-        "AlpacaEval.",
-        diversity,
-        is_of_answers=True,
-    ),
-    "E7": Experiment(
-        "Passes through the model",
-        "Section 7.3",
-        "A step of ORPO needs half the forward passes of a step of DPO, because ORPO has no "
-        "reference model.",
-        "Rows that go through the model are counted in a step of 16 padded pairs. Times are those "
-        "of the packed step, in one process; steps of ORPO and of DPO with its reference pass "
-        "alternate on the same pairs.",
-        "orpo-lite computes the reference once, before the first step, and keeps it on disk. Then "
-        "a step of DPO has as many rows as one of ORPO, and the reference costs one forward pass "
-        "of each pair for the whole training. The backward pass is the same in both, so half the "
-        "rows is not half the time. The time depends on the machine.",
-        passes,
-    ),
-    "E8": Experiment(
-        "The formats of the graders",
-        "Tables 1 and 6, Fig. 12",
-        "The paper grades answers with AlpacaEval, MT-Bench and IFEval. This is no claim of the "
-        "paper: the answers that `orpo-lite generate` writes must be readable by these graders.",
-        "A trained run answers real prompts of each grader. Each answer must be read back under "
-        "its own prompt, with the fields of the answers that the authors published.",
-        "No grader runs here: AlpacaEval and MT-Bench need a model behind an API. The answers of "
-        "a small story model would get no score worth reporting.",
-        formats,
-        ((MAIN, "orpo-1"),),
-        first_seed_only=True,
-    ),
-}
-"""Name -> experiment, in the order of the page."""

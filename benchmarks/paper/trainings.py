@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 import torch
 
 from benchmarks.paper.answers import compared
-from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.claims import EXPERIMENTS
 from benchmarks.paper.study import Base, Study
 from orpo_lite.errors import OrpoLiteError
 
@@ -38,6 +38,8 @@ def train(job: Job | None, study: Study) -> tuple[int, str]:
             study.run(arm, seed, base)
     except OrpoLiteError as error:  # Interrupted too
         return error.exit_code, str(error)
+    except KeyboardInterrupt:
+        return 130, "stopped"
     return 0, ""
 
 
@@ -45,9 +47,11 @@ def train_all(jobs: Sequence[Job | None], study: Study, processes: int) -> tuple
     """Make all trainings, several at the same time. Return exit code and message of the first
     that fails."""
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(train, job, study) for job in jobs]):
-            code, message = done.result()
-            if code:
-                pool.shutdown(cancel_futures=True)
-                return code, message
+        try:
+            for done in as_completed([pool.submit(train, job, study) for job in jobs]):
+                code, message = done.result()
+                if code:
+                    return code, message
+        finally:  # also after Ctrl-C: jobs that have not begun must not begin
+            pool.shutdown(cancel_futures=True)
     return 0, ""

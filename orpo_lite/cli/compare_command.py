@@ -24,8 +24,8 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE | ARM:KEY=VALUE]...",
-            help="Set a key of the recipe for all arms, or for one arm or the judge, for example "
-            "dpo:loss.beta=0.2 or judge:training.num_train_epochs=3.",
+            help="Set a key of the recipe for all arms, or for one arm, the judge or PPO's reward "
+            "model, for example dpo:loss.beta=0.2 or judge:training.num_train_epochs=3.",
             autocompletion=complete_key,
         ),
     ] = None,
@@ -50,7 +50,12 @@ def compare(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Largest number of tokens in an answer.")
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Largest number of tokens in an answer, also in PPO.",
+        ),
     ] = 128,
     to: Annotated[
         Path | None,

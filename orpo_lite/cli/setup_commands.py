@@ -137,6 +137,7 @@ def doctor(
 @recipes_app.command("ls", epilog="Example: orpo-lite recipes ls")
 def recipes_ls() -> None:
     """List the shipped recipes, with the GPU that each needs according to its plan."""
+    from orpo_lite.recipe.checks import LOSSES_WITHOUT
     from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
 
     rows = [("recipe", "base", "loss", "beta", "GPU", "what for")]
@@ -149,7 +150,7 @@ def recipes_ls() -> None:
                 name,
                 recipe.model.model_name_or_path,
                 recipe.loss.type,
-                "" if recipe.loss.type in ("sft", "reward") else f"{recipe.loss.beta:g}",
+                "" if recipe.loss.type in LOSSES_WITHOUT["beta"] else f"{recipe.loss.beta:g}",
                 sizes.get(name, "?"),
                 headline,
             )

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from orpo_lite.comparing.task import Run, Task
 from orpo_lite.data.dataset import PromptTokenizer
 from orpo_lite.data.formats.text import LONE_SURROGATE
 from orpo_lite.data.pair import Pair, TokenizedPair
-from orpo_lite.evaluation.open_run import find_model, load_model
+from orpo_lite.evaluation.open_run import OpenRun, find_model, load_model
 from orpo_lite.evaluation.rewards import reply_tokenizer
 from orpo_lite.evaluation.score import score_pairs
 from orpo_lite.model.generate import Answerer, Decoding
@@ -158,14 +157,7 @@ def judge_all(
                 rows = wanted[name]
                 flat = [pair for pairs in rows for pair in pairs if pair is not None]
                 tokens = reply_tokens(tokenizer, flat)
-                known = [found for found in tokens if found is not None]
-                scores = (
-                    yield from score_pairs(opened.model, known, opened.recipe, "judging answers")
-                    if known
-                    else _nothing()
-                )
-                values = iter(scores.chosen_P.tolist() if known else [])
-                by_reply = iter([None if found is None else next(values) for found in tokens])
+                by_reply = iter((yield from _rewards(opened, tokens)))
                 table = [[None if pair is None else next(by_reply) for pair in row] for row in rows]
                 write_text(folder / f"{name}.json", to_json({"rewards": table}))
                 yield Update("stage", "judging answers", number + 1, len(missing))
@@ -173,8 +165,36 @@ def judge_all(
     return Judged({name: read[name] for name in answers}, read[task.judge.name])
 
 
-def _nothing() -> Generator[Update, None, Any]:
-    yield from ()
+def _rewards(
+    opened: OpenRun, tokens: Sequence[TokenizedPair | None]
+) -> Generator[Update, None, list[float | None]]:
+    """Return the reward of each reply of :func:`reply_tokens`; None for None.
+
+    Two replies to the same prompt are scored as a pair, so that the prompt is computed once.
+    """
+    waiting: dict[bytes, int] = {}
+    pairs: list[TokenizedPair] = []
+    places: list[list[int]] = []
+    for place, reply in enumerate(tokens):
+        if reply is None:
+            continue
+        prompt = np.asarray(reply.chosen_ids[: reply.chosen_start]).tobytes()
+        if (pair := waiting.pop(prompt, None)) is None:
+            waiting[prompt] = len(pairs)
+            pairs.append(reply)
+            places.append([place])
+        else:
+            ids, start = reply.chosen_ids, reply.chosen_start
+            pairs[pair] = replace(pairs[pair], rejected_ids=ids, rejected_start=start)
+            places[pair].append(place)
+    found: list[float | None] = [None] * len(tokens)
+    if pairs:
+        scores = yield from score_pairs(opened.model, pairs, opened.recipe, "judging answers")
+        both = zip(scores.chosen_P.tolist(), scores.rejected_P.tolist(), strict=True)
+        for pair_places, rewards in zip(places, both, strict=True):
+            for place, reward in zip(pair_places, rewards, strict=False):
+                found[place] = reward
+    return found
 
 
 def _pair(question: Question, text: str | None) -> Pair | None:

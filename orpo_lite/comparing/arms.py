@@ -1,14 +1,16 @@
 """Define the arms of a comparison: the objectives, and how a recipe is changed for each of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, get_args
 
-from orpo_lite.errors import Overrides, RecipeError
-from orpo_lite.recipe.checks import LOSSES_WITH
+from orpo_lite.errors import OrpoLiteError, Overrides, RecipeError, reworded
+from orpo_lite.recipe.checks import LOSSES_WITH, LOSSES_WITHOUT
 from orpo_lite.recipe.loss import LossSection
 from orpo_lite.recipe.reader import load_recipe
-from orpo_lite.recipe.schema import Recipe
+from orpo_lite.recipe.schema import SECTIONS, Recipe
 
 SFT, REWARD, JUDGE = "sft", "reward", "judge"
 REWARD_KEY = "loss.reward_adapter_name_or_path"
@@ -60,9 +62,17 @@ JUDGE_ARM, REWARD_ARM = Arm(JUDGE, "reward"), Arm(REWARD, "reward")
 # The keys that are the same in all arms, because the comparison sets them or needs them equal.
 SHARED = ("model.model_name_or_path", "model.model_revision", "training.seed")
 SHARED_TOO = ("training.output_dir", "loss.type", "model.adapter_name_or_path")
-# The judge only reads the texts of the arms, so it may have another base.
-JUDGE_BASE = ("model.model_name_or_path", "model.model_revision")
+# The judge only reads the texts of the arms, so it may have another base, and limits of its own.
+JUDGE_OWN = (
+    "model.model_name_or_path",
+    "model.model_revision",
+    "data.max_length",
+    "data.max_prompt_length",
+)
 OF_EVERY_LOSS = ("loss.completion_only_loss", "loss.nll_reduction")
+LEAVE_OUT = "leave the word out"
+OVERRIDE = re.compile(rf"(?<![\w.:])((?:{'|'.join(SECTIONS)})\.\w+)(?==)")
+"""Matches ``section.key`` before an equals sign, unless the name of an arm is before it."""
 
 
 def choose_arms(text: str) -> list[Arm]:
@@ -104,23 +114,39 @@ class Words:
     common: Sequence[str]
     of_arm: Mapping[str, Sequence[str]]
     """Name of an arm, or judge -> its words, without the name."""
+    defaults: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Name of an arm, or judge -> words that hold if no word of the arm sets the same key."""
+
+    def sets(self, arm: str, key: str) -> bool:
+        """Return True if a word that is only for this arm sets the key."""
+        return any(word.partition("=")[0] == key for word in self.of_arm.get(arm, ()))
 
 
 def read_words(words: Sequence[str], arms: Sequence[Arm]) -> Words:
     """Divide words such as ``training.max_steps=9`` and ``dpo:loss.beta=0.2`` by arm.
 
     Raises:
-        RecipeError: a word is for an arm that is not compared, sets a key for one arm that must be
-            the same in all arms, or sets a key of one loss for all arms.
+        RecipeError: a word has no value, is for an arm that is not compared, sets a key for one arm
+            that must be the same in all arms or has no effect on this arm, or sets a key of one
+            loss for all arms.
     """
-    names = [arm.name for arm in _with_start(arms)] + [JUDGE]
+    trained = [*_with_start(arms), JUDGE_ARM]
+    names = [arm.name for arm in trained]
     common: list[str] = []
     of_arm: dict[str, list[str]] = {}
     for word in words:
         key, equals, value = word.partition("=")
         arm, colon, inner = key.partition(":")
-        if not (equals and colon):
-            _refuse_of_one_loss(key.strip(), value, names)
+        if not equals:
+            is_key = key.rpartition(":")[2].partition(".")[0] in SECTIONS
+            raise RecipeError(
+                where=f"argument {word!r}",
+                found="has no value",
+                expected="KEY=VALUE or ARM:KEY=VALUE",
+                fix=f"{word}=VALUE" if is_key else "leave the word out",
+            )
+        if not colon:
+            _refuse_of_one_loss(key.strip(), value, trained)
             common.append(word)
             continue
         arm, inner = arm.strip(), inner.strip()
@@ -129,35 +155,110 @@ def read_words(words: Sequence[str], arms: Sequence[Arm]) -> Words:
                 where=f"argument {word!r}",
                 found=f"{arm} is not an arm of this comparison",
                 expected=f"one of {', '.join(names)} before the colon",
-                fix=f"{inner}={value} sets the key in all arms",
+                fix=_other_arm(arm, inner, value, arms, trained),
             )
-        is_shared = inner in (*SHARED, *SHARED_TOO) or inner.startswith("data.")
-        if is_shared and not (arm == JUDGE and inner in JUDGE_BASE):
+        if not may_differ(inner, arm):
             raise RecipeError(
                 where=f"argument {word!r}",
                 found=f"sets {inner} only for {arm}",
                 expected="a key that may differ between arms",
-                fix="leave the word out"
+                fix=LEAVE_OUT
                 if inner in SHARED_TOO
                 else Overrides({inner: value}, " sets it for all arms"),
+            )
+        loss = next(one.loss for one in trained if one.name == arm)
+        if not uses(loss, inner):
+            raise RecipeError(
+                where=f"argument {word!r}",
+                found=f"{inner} has no effect on loss.type {loss}",
+                expected="a key that the loss of the arm uses",
+                fix=_word_of_loss(inner, value, trained) or LEAVE_OUT,
             )
         of_arm.setdefault(arm, []).append(f"{inner}={value}")
     return Words(common, of_arm)
 
 
-def _refuse_of_one_loss(key: str, value: str, names: Sequence[str]) -> None:
+def may_differ(key: str, arm: str) -> bool:
+    """Return True if the key may have a value of its own in an arm or in the judge."""
+    if arm == JUDGE and key in JUDGE_OWN:
+        return True
+    return key not in (*SHARED, *SHARED_TOO) and not key.startswith("data.")
+
+
+def uses(loss: str, key: str) -> bool:
+    """Return False if ``section.key`` is a key of the section loss that this loss does not use."""
+    section, _, name = key.partition(".")
+    if section != "loss":
+        return True
+    if name in LOSSES_WITH:
+        return loss in LOSSES_WITH[name]
+    return loss not in LOSSES_WITHOUT.get(name, ())
+
+
+def _is_of_one_loss(key: str) -> bool:
+    """Return True for a key of the section loss that does not mean the same in all losses."""
+    section, _, name = key.partition(".")
+    return section == "loss" and name in LossSection.model_fields and key not in OF_EVERY_LOSS
+
+
+def _refuse_of_one_loss(key: str, value: str, trained: Sequence[Arm]) -> None:
     """Raise RecipeError for a key of the section loss that does not mean the same in all losses."""
-    if not key.startswith("loss.") or key in OF_EVERY_LOSS:
+    if not _is_of_one_loss(key):
         return
-    types = LOSSES_WITH.get(key.removeprefix("loss."), ())
-    arm = next((name for name in names if name in (types or ("orpo",))), names[0])
-    is_type = key == "loss.type"
-    raise RecipeError(
-        where=f"argument '{key}={value}'",
-        found="--arms chooses the losses" if is_type else "this key differs between losses",
-        expected="--arms" if is_type else "the name of an arm before the key",
-        fix=f"--arms {value}" if is_type else f"{arm}:{key}={value}",
-    )
+    if key == "loss.type":
+        found, expected, fix = "--arms chooses the losses", "--arms", f"--arms {value}"
+    elif word := _word_of_loss(key, value, trained):
+        found = "this key differs between losses"
+        expected, fix = "the name of an arm before the key", word
+    else:
+        found, fix = "no arm of this comparison uses this key", LEAVE_OUT
+        expected = "a key that the loss of an arm uses"
+    raise RecipeError(where=f"argument '{key}={value}'", found=found, expected=expected, fix=fix)
+
+
+def _word_of_loss(key: str, value: str, trained: Sequence[Arm]) -> str:
+    """Return the word that sets a key in the first arm whose loss uses it; "" if none does."""
+    arm = next((arm.name for arm in trained if uses(arm.loss, key)), "")
+    return f"{arm}:{key}={value}" if arm else ""
+
+
+def _other_arm(arm: str, key: str, value: str, arms: Sequence[Arm], trained: Sequence[Arm]) -> str:
+    """Return the fix for a word whose arm is not one of the trained arms."""
+    missing = "ppo" if arm == REWARD else arm
+    if missing in ARMS:
+        return f"--arms {','.join([*(one.name for one in arms), missing])}, or {LEAVE_OUT}"
+    for near in get_close_matches(arm, [one.name for one in trained]):
+        loss = next(one.loss for one in trained if one.name == near)
+        if may_differ(key, near) and uses(loss, key):
+            return f"{near}:{key}={value}"
+    if _is_of_one_loss(key):
+        return ("" if key == "loss.type" else _word_of_loss(key, value, trained)) or LEAVE_OUT
+    return f"{key}={value} sets the key in all arms"
+
+
+def name_arm(
+    error: OrpoLiteError, label: str, arm: str, keys: Collection[str] | None = None
+) -> None:
+    """Name an arm in an error of its recipe or its training: the place, and the keys of the fix.
+
+    A key that must be the same in all arms stays without the name.
+
+    Args:
+        error: the error, which is changed.
+        label: the name for the place, such as dpo or dpo-seed42.
+        arm: the name of the arm, or judge.
+        keys: the keys that get the name in the fix. None: all that may differ between arms.
+    """
+
+    def with_name(found: re.Match[str]) -> str:
+        key = found[0]
+        is_own = may_differ(key, arm) and (keys is None or key in keys or _is_of_one_loss(key))
+        return f"{arm}:{key}" if is_own else key
+
+    if not error.where:  # one error that lists several
+        error.found = OVERRIDE.sub(with_name, error.found)
+    error.where = f"{label}: {error.where}" if error.where else label
+    error.fix = reworded(error.fix, OVERRIDE.sub(with_name, error.fix))
 
 
 def _with_start(arms: Sequence[Arm]) -> Iterator[Arm]:
@@ -178,7 +279,8 @@ def arm_recipe(name: str, words: Words, arm: Arm, seed: int) -> Recipe:
     """Return the recipe of an arm, without the data and the folders of the comparison.
 
     A key of the section loss has the recipe's value if the recipe is for this loss, else the arm's
-    own value, else the default. A word of the command line is stronger.
+    own value, else the default. A default of ``words`` is stronger, and a word of the command line
+    is stronger still.
 
     Args:
         name: the name or path of the recipe.
@@ -187,12 +289,13 @@ def arm_recipe(name: str, words: Words, arm: Arm, seed: int) -> Recipe:
         seed: the seed of the training.
 
     Raises:
-        RecipeError: the recipe or a word is wrong.
+        RecipeError: the recipe or a word is wrong. An error of this arm alone names the arm.
     """
     base = load_recipe(name, words.common)
     own = [f"loss.type={arm.loss}", f"training.seed={seed}"]
     if base.loss.type != arm.loss:
-        keys = [f"loss.{key}" for key in ("beta", *LOSSES_WITH)]
+        unused = (key for key, losses in LOSSES_WITHOUT.items() if arm.loss in losses)
+        keys = [f"loss.{key}" for key in dict.fromkeys(("beta", *unused, *LOSSES_WITH))]
         values = dict(base.items())
         own += [
             _word(key, arm.settings.get(key, _default(key)))
@@ -205,7 +308,12 @@ def arm_recipe(name: str, words: Words, arm: Arm, seed: int) -> Recipe:
         own.append(f"training.num_train_epochs={min(1.0, base.training.num_train_epochs):g}")
     if arm.loss == "reward":
         own.append("model.adapter_name_or_path=null")
-    return load_recipe(name, [*words.common, *own, *words.of_arm.get(arm.name, ())])
+    own += [*words.defaults.get(arm.name, ()), *words.of_arm.get(arm.name, ())]
+    try:
+        return load_recipe(name, [*words.common, *own])
+    except RecipeError as error:
+        name_arm(error, arm.name, arm.name)
+        raise
 
 
 def _default(key: str) -> Any:

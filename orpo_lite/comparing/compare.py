@@ -21,7 +21,10 @@ from orpo_lite.comparing.diversity import (
     sentence_model,
 )
 from orpo_lite.comparing.page import write_page
+from orpo_lite.comparing.reward_models import training_of
 from orpo_lite.comparing.split import (
+    ARMS,
+    JUDGE,
     part_sizes,
     read_judge_pairs,
     read_parts,
@@ -34,7 +37,7 @@ from orpo_lite.comparing.trainings import train_all
 from orpo_lite.evaluation.open_run import find_model, load_model
 from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.folder import locked
-from orpo_lite.runs.records import RESULT, read_json
+from orpo_lite.runs.records import RESULT
 from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
 
@@ -120,6 +123,8 @@ def compare_events(
         sizes, questions = part_sizes(task.data), read_questions(resolved, task.data)
         counts = ", ".join(f"{count:,} {name}" for name, count in sizes.items())
         yield Update("note", f"pairs: {counts}; prompts to answer: {len(questions):,}")
+        if (limit := task.judge_recipe.data.max_length) < resolved.data.max_length:
+            yield Update("note", f"the judge reads at most {limit:,} tokens of prompt and reply")
         base = Path(resolved.model.model_name_or_path)
         name = str(base.absolute()) if base.is_dir() else resolved.model.model_name_or_path
         yield from train_all(task, name, sizes)
@@ -127,18 +132,19 @@ def compare_events(
         answers = yield from sample_all(task, runs, questions)
         pairs = read_judge_pairs(resolved, task.data)
         judged = yield from judge_all(task, answers, questions, pairs)
-        kept = read_json(task.judge.path / RESULT, {"kept_step": int})["kept_step"]
+        judge = judge_quality(judged.pairs, pairs, training_of(task.judge, sizes[JUDGE]))
         found = yield from _diversity(task, answers)
         result = make_comparison(
             task,
             questions,
             answers,
             judged,
-            judge_quality(judged.pairs, pairs, kept),
+            judge,
             found,
             {arm.name: cost_of(task.runs_of(arm), _before(task, arm.name)) for arm in task.arms},
             temperature=TEMPERATURE,
             remark=demo.builtin_remark(task.recipe),
+            reward_models=[training_of(run, sizes[ARMS]) for run in task.reward_runs],
         )
         write_text(task.folder / RESULT, to_json(result.to_json()))
         yield Update("stage", "writing the report")

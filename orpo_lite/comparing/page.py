@@ -10,14 +10,16 @@ from markupsafe import Markup
 
 from orpo_lite import __version__
 from orpo_lite.comparing.answers import Judged, Rounds
+from orpo_lite.comparing.arms import uses
 from orpo_lite.comparing.split import Question
 from orpo_lite.comparing.table import ArmRow, Comparison
-from orpo_lite.comparing.task import Task
+from orpo_lite.comparing.task import ADAPTER_KEY, Run, Task
 from orpo_lite.comparing.win_rates import WinRate
 from orpo_lite.evaluation.charts import Chart, Line, draw
 from orpo_lite.evaluation.intervals import Interval
 from orpo_lite.evaluation.report import render, with_picture
 from orpo_lite.evaluation.report_texts import ICONS
+from orpo_lite.recipe.loss import LossSection
 from orpo_lite.recipe.text import to_text
 from orpo_lite.runs.atomic import write_text
 from orpo_lite.runs.lock import read_recipe
@@ -54,6 +56,7 @@ def write_page(
         costs=[_cost_row(row, result) for row in result.arms],
         accuracy=_share(result.judge.accuracy),
         charts=[with_picture(chart, Markup(draw(chart))) for chart in charts if chart.lines],  # noqa: S704 - matplotlib escapes texts
+        trained=_setting_runs(task),
         settings=_settings(task),
         answers=_answers(task, questions, answers),
         icons=ICONS,
@@ -233,16 +236,53 @@ def _reward_chart(task: Task, judged: Judged) -> Chart:
     return Chart("rewards", "Rewards of the answers", note, lines, percent=True, axis="reward")
 
 
+def _setting_runs(task: Task) -> dict[str, Run]:
+    """Return the runs of the table of settings by name: the first seed of each training."""
+    found = {"judge": task.judge}
+    if task.reward_runs:
+        found["reward model of ppo"] = task.reward_runs[0]
+    return found | {arm.name: task.runs_of(arm)[0] for arm in task.arms}
+
+
 def _settings(task: Task) -> list[tuple[str, list[str]]]:
-    """Return the settings that differ between the judge and the arms, with the value of each."""
-    runs = [task.judge, *(task.runs_of(arm)[0] for arm in task.arms)]
-    values = [dict(read_recipe(run.path).items()) for run in runs]
+    """Return the settings that differ between the trainings, with the value of each.
+
+    A key of the section loss is shown only for the losses that use it.
+    """
+    runs = [*_setting_runs(task).values()]
+    columns = [_values(task, run) for run in runs]
+    defaults = {f"loss.{key}": field.default for key, field in LossSection.model_fields.items()}
     rows = []
-    for key in values[0]:
-        found = [row[key] for row in values]
-        if key != "training.output_dir" and len({json.dumps(value) for value in found}) > 1:
-            rows.append((key, [to_text(_last_part(value)) for value in found]))
+    for key in columns[0]:
+        used = [
+            values[key]
+            for values, run in zip(columns, runs, strict=True)
+            if uses(run.arm.loss, key)
+        ]
+        unlike = {json.dumps(value) for value in used}
+        if len(used) < len(runs):  # a key of some losses counts if it has a value of its own
+            unlike.add(json.dumps(defaults[key]))
+        if key != "training.output_dir" and len(unlike) > 1:
+            texts = [
+                to_text(_last_part(values[key])) if uses(run.arm.loss, key) else "–"
+                for values, run in zip(columns, runs, strict=True)
+            ]
+            rows.append((key, texts))
     return rows
+
+
+def _values(task: Task, run: Run) -> dict[str, Any]:
+    """Return the settings of a run.
+
+    Those of the section lora are of the training that made the adapter: the run itself has them
+    from the adapter's file, which spells all-linear out.
+    """
+    values = dict(read_recipe(run.path).items())
+    start = task.read_by(run).get(ADAPTER_KEY)
+    if start is None:
+        return values
+    made = dict(read_recipe(start.path).items())
+    return values | {key: made[key] for key in values if key.startswith("lora.")}
 
 
 def _last_part(value: Any) -> Any:

@@ -118,17 +118,19 @@ def divide(
     keys = [*map(prompt_key, inside), *outside_keys]
     rest, outside = _ranked(keys[: len(inside)], seed), _ranked(outside_keys, seed)
     if held_out:
-        count = min(PROMPTS, len(outside) // 2) if prompts is None else prompts
-        if count + 1 > len(outside):
-            place = "data.dataset_test_split"
-            raise _too_few(place, len(outside), count, len(outside) // 2)
+        count = min(PROMPTS, max(1, len(outside) // 2)) if prompts is None else prompts
+        if len(outside) < count + 1:
+            place, possible = "data.dataset_test_split", len(outside) // 2
+            raise _too_few(place, len(outside), count + 1, prompts, possible)
+        if len(rest) < FEWEST:
+            raise _too_few("data.dataset_name", len(rest), FEWEST, None, 0)
     else:
-        count = min(PROMPTS, len(rest) // 8) if prompts is None else prompts
-        if 4 * count > len(rest):
-            raise _too_few("data.dataset_name", len(rest), count, len(rest) // 8)
+        count = min(PROMPTS, max(1, len(rest) // 8)) if prompts is None else prompts
+        needed = max(4 * count, 2 * count + FEWEST)
+        if len(rest) < needed:
+            possible = len(rest) // 8 if len(rest) >= 2 + FEWEST else 0
+            raise _too_few("data.dataset_name", len(rest), needed, prompts, possible)
         outside, rest = rest[: 2 * count], rest[2 * count :]
-    if len(rest) < FEWEST or count < 1:
-        raise _too_few("data.dataset_name", len(rest), count, 0)
     half = len(rest) // 2
     part_of = dict.fromkeys(rest[:half], JUDGE) | dict.fromkeys(rest[half:], ARMS)
     part_of |= dict.fromkeys(outside[:count], TEST) | dict.fromkeys(outside[count:], VALIDATION)
@@ -143,11 +145,21 @@ def _ranked(keys: Iterable[bytes], seed: int) -> list[bytes]:
     return sorted(set(keys), key=lambda key: hashlib.sha256(b"compare %d\n" % seed + key).digest())
 
 
-def _too_few(where: str, found: int, wanted: int, possible: int) -> DataError:
+def _too_few(where: str, found: int, needed: int, prompts: int | None, possible: int) -> DataError:
+    """Return the error for too few different prompts.
+
+    Args:
+        where: the key of the dataset.
+        found: number of different prompts in it.
+        needed: number of different prompts that are needed.
+        prompts: number of prompts to answer, if a person chose it and fewer may be enough.
+        possible: number of prompts that could be answered; 0 if the data are too few for any.
+    """
+    purpose = "a comparison" if prompts is None else f"{prompts:,} prompts to answer"
     return DataError(
         where=where,
-        found=f"{found:,} different prompts, too few for {max(wanted, 1):,} prompts to answer",
-        expected="prompts to train the arms, to train the judge, to evaluate and to answer",
+        found=f"{found:,} different prompts, too few for {purpose}",
+        expected=f"{needed:,} or more different prompts",
         fix=f"--prompts {possible}" if possible > 0 else "use more pairs",
     )
 

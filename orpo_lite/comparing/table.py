@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from orpo_lite.comparing.answers import Judged, Numbers, Rounds
+from orpo_lite.comparing.arms import JUDGE, SFT
 from orpo_lite.comparing.cost import Cost
 from orpo_lite.comparing.diversity import Diversity
+from orpo_lite.comparing.reward_models import RewardTraining, advice, verdict_on
 from orpo_lite.comparing.split import Question
 from orpo_lite.comparing.task import Task
 from orpo_lite.comparing.win_rates import FEWEST_SEEDS, Sampled, WinRate, mean_tokens, win_rate
@@ -28,11 +30,20 @@ class Judge:
     prompts: int
     kept_step: int
     """The step whose adapter was kept. 0: no step was better than the start."""
+    training: RewardTraining | None = None
 
     @property
     def is_trusted(self) -> bool:
         """True if the judge is clearly better than chance."""
         return self.accuracy.low is not None and self.accuracy.low > 0.5
+
+    @property
+    def quality(self) -> str:
+        """How the judge compares with chance: clearly better, clearly worse, or neither."""
+        if self.is_trusted:
+            return "clearly better than chance"
+        is_worse = self.accuracy.high is not None and self.accuracy.high < 0.5
+        return f"{'clearly worse' if is_worse else 'not clearly better'} than chance"
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,8 @@ class Comparison:
     seeds: int
     temperature: float
     remark: str = ""
+    reward_models: Sequence[RewardTraining] = ()
+    """The reward models of PPO, one for each seed; empty if ppo is no arm."""
 
     def to_json(self) -> dict[str, Any]:
         """Return all values as JSON."""
@@ -80,20 +93,21 @@ class Comparison:
         return values
 
 
-def judge_quality(rewards_P2: Numbers, pairs: Sequence[Pair], kept_step: int) -> Judge:
+def judge_quality(rewards_P2: Numbers, pairs: Sequence[Pair], training: RewardTraining) -> Judge:
     """Return how well the judge ranks P pairs.
 
     Args:
         rewards_P2: the rewards of the chosen and the rejected replies. NaN: no reward.
         pairs: the pairs.
-        kept_step: the step of the judge's training whose adapter was kept.
+        training: how the judge was trained.
     """
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     known_P = np.isfinite(margin_P)
     right = 0.5 + 0.5 * np.sign(margin_P[known_P])
     prompts = [prompt_key(pair) for pair, known in zip(pairs, known_P, strict=True) if known]
     (mean,) = mean_over_pairs(right[None], np.ones_like(right)[None], prompts)
-    return Judge(share_interval(mean), len(prompts), len(set(prompts)), kept_step)
+    accuracy, kept = share_interval(mean), training.kept_step
+    return Judge(accuracy, len(prompts), len(set(prompts)), kept, training)
 
 
 def sampled(
@@ -119,6 +133,7 @@ def make_comparison(
     *,
     temperature: float,
     remark: str,
+    reward_models: Sequence[RewardTraining] = (),
 ) -> Comparison:
     """Return the result of a comparison.
 
@@ -132,6 +147,7 @@ def make_comparison(
         costs: name of an arm -> its cost.
         temperature: the temperature of the answers.
         remark: a remark about the recipe; "" for none.
+        reward_models: how the reward models of PPO were trained.
     """
     numbers = {arm.name: sampled(task, answers, judged, arm.name) for arm in task.arms}
     rows = [
@@ -160,14 +176,26 @@ def make_comparison(
         arms=rows,
         wins=wins,
         winner=winner,
-        verdict=verdict,
+        verdict=[*verdict, *_not_trained(task, costs), *verdict_on(reward_models)],
         embedding=found[0],
         prompts=len(questions),
         rounds=task.rounds,
         seeds=task.seeds,
         temperature=temperature,
         remark=remark,
+        reward_models=reward_models,
     )
+
+
+def _not_trained(task: Task, costs: Mapping[str, Cost]) -> list[str]:
+    """Return a sentence for each arm whose answers are those of its start, with each seed."""
+    adapter = task.recipe.model.adapter_name_or_path
+    start = f"the adapter {adapter}" if adapter else "the base"
+    return [
+        f"{arm.name} kept step 0: its answers are those of {SFT if arm.after_sft else start}"
+        for arm in task.arms
+        if costs[arm.name].kept_step == 0
+    ]
 
 
 def _mean_reward(arm: Sampled) -> Interval:
@@ -189,17 +217,17 @@ def decide(
     An arm is the best if the judge is clearly better than chance, and if the interval of the arm's
     win rate against every other arm is above 50%.
     """
-    accuracy = f"the judge ranks {shown(judge.accuracy)} of {judge.pairs:,} pairs that it was not "
-    accuracy += "trained on correctly"
+    accuracy = f"the judge ranks {shown(judge.accuracy)} of {judge.pairs:,} pairs correctly; none "
+    accuracy += f"of them was in its training{_on_pairs(judge.training)}"
     if not judge.is_trusted:
         fix = "give it more pairs, or more epochs, such as judge:training.num_train_epochs=3"
+        if judge.training:
+            fix = advice(JUDGE, judge.training)
         if judge.kept_step == 0:
-            accuracy += " (it is untrained: no step of its training was better than the start)"
-            fix = "try another learning rate, such as judge:training.learning_rate=1e-5"
+            accuracy += "; it is untrained: no step of its training was better than the start"
         return None, [
-            f"cannot tell: {accuracy}, which is not clearly better than chance, so its rewards "
-            f"decide nothing; {fix}, or a better base, such as "
-            "judge:model.model_name_or_path=NAME"
+            f"cannot tell: {accuracy}; this is {judge.quality}, so its rewards decide nothing; "
+            f"{fix}, or a better base, such as judge:model.model_name_or_path=NAME"
         ]
     beaten: dict[str, set[str]] = {name: set() for name in names}
     for win in wins:
@@ -229,6 +257,14 @@ def decide(
     decided = [win for win in wins if winner in (win.model, win.against)]
     sentences += [text for win in decided if (text := _by_length(win))]
     return winner, [*sentences, accuracy]
+
+
+def _on_pairs(training: RewardTraining | None) -> str:
+    """Return the number of pairs of a training as text: `` on 12 of 16 pairs``."""
+    if training is None:
+        return ""
+    whole = "" if training.pairs == training.part_pairs else f" of {training.part_pairs:,}"
+    return f" on {training.pairs:,}{whole} pairs"
 
 
 def _unclear(win: WinRate) -> str:

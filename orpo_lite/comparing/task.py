@@ -9,13 +9,14 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from orpo_lite import __version__
+from orpo_lite.base.find import find_base
 from orpo_lite.comparing.arms import ARMS as ARMS_BY_NAME
 from orpo_lite.comparing.arms import (
     JUDGE_ARM,
@@ -27,11 +28,12 @@ from orpo_lite.comparing.arms import (
     Words,
     arm_recipe,
     choose_arms,
+    name_arm,
     read_words,
     trained_arms,
 )
 from orpo_lite.comparing.split import ARMS, JUDGE, part_settings
-from orpo_lite.errors import RecipeError
+from orpo_lite.errors import OrpoLiteError, RecipeError
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import to_text
@@ -42,6 +44,7 @@ from orpo_lite.runs.records import read_json
 
 FILE = "compare.json"
 ADAPTER_KEY = "model.adapter_name_or_path"
+BASE_KEY = "model.model_name_or_path"
 SHOWN = 5  # differences in one message
 
 
@@ -94,11 +97,15 @@ class Task:
         """The base of all arms, as the recipe names it."""
         return self.recipe.model.model_name_or_path
 
+    @cached_property
+    def judge_recipe(self) -> Recipe:
+        """The recipe of the judge, without the data and the folders of the comparison."""
+        return with_absolute_paths(arm_recipe(self.name, self.words, JUDGE_ARM, self.seed))
+
     @property
     def judge_base(self) -> str:
         """The base of the judge: that of the arms, unless a word names another."""
-        recipe = with_absolute_paths(arm_recipe(self.name, self.words, JUDGE_ARM, self.seed))
-        return recipe.model.model_name_or_path
+        return self.judge_recipe.model.model_name_or_path
 
     def runs_of(self, arm: Arm) -> list[Run]:
         """Return the trainings of an arm, one for each seed."""
@@ -112,6 +119,11 @@ class Task:
     def runs(self) -> list[Run]:
         """All trainings, in an order in which each finds the adapter that it starts from."""
         return [self.judge, *(run for arm in trained_arms(self.arms) for run in self.runs_of(arm))]
+
+    @property
+    def reward_runs(self) -> list[Run]:
+        """The trainings of PPO's reward models, one for each seed; [] if ppo is no arm."""
+        return self.runs_of(REWARD_ARM) if REWARD_ARM in trained_arms(self.arms) else []
 
     def read_by(self, run: Run) -> dict[str, Run]:
         """Return the runs whose adapters a run reads: the key that names the adapter -> its run."""
@@ -179,10 +191,14 @@ def prepare_task(
 ) -> Task:
     """Return a task whose arguments are checked. Nothing is written.
 
+    The recipes of all arms are built, and a base that only the judge has is found. So their errors
+    come before any data are read.
+
     For the arguments see :func:`orpo_lite.comparing.compare.compare`.
 
     Raises:
         RecipeError: an argument is wrong, or ``out`` is the folder of another comparison.
+        OrpoLiteError: the judge's own base cannot be used.
     """
     for option, value in (("--seeds", seeds), ("--rounds", rounds), ("--prompts", prompts)):
         if value is not None and value < 1:
@@ -201,12 +217,66 @@ def prepare_task(
     recipe = load_recipe(name, divided.common)
     folder = Path(out).expanduser() if out else Path(f"{recipe.training.output_dir}-compare")
     recipe = with_absolute_paths(recipe).override({"training.output_dir": str(folder)})
+    defaults = _answer_length(recipe, max_new_tokens) | _judge_limits(name, divided, recipe)
+    divided = replace(divided, defaults=defaults)
     task = Task(recipe, name, divided, chosen, seeds, rounds, prompts, max_new_tokens, folder)
-    _refuse_other(task)
+    _refuse_other(task, task.arguments())
     return task
 
 
-def _refuse_other(task: Task) -> None:
+def _answer_length(recipe: Recipe, max_new_tokens: int) -> dict[str, list[str]]:
+    """Return the default of PPO's largest answer: that of the comparison, if it fits.
+
+    A value in the recipe's file is kept.
+    """
+    key = "loss.response_length"
+    if recipe.sources[key] != "default":
+        return {}
+    free = recipe.data.max_length - recipe.data.prompt_limit
+    return {"ppo": [f"{key}={min(max_new_tokens, free)}"]}
+
+
+def _judge_limits(name: str, words: Words, recipe: Recipe) -> dict[str, list[str]]:
+    """Find the judge's own base, if it has one. Return the limits that its positions demand.
+
+    The judge reads texts, so it may cut them earlier than the arms do.
+
+    Raises:
+        RecipeError: a word gives the judge a data.max_length above the positions of its base.
+        OrpoLiteError: the base cannot be used.
+    """
+    judge = with_absolute_paths(arm_recipe(name, words, JUDGE_ARM, recipe.training.seed))
+    if judge.model.model_name_or_path == recipe.model.model_name_or_path:
+        return {}
+    try:
+        base = find_base(judge.model.model_name_or_path, judge.model.model_revision)
+    except OrpoLiteError as error:
+        name_arm(error, JUDGE, JUDGE)
+        written = next(word for word in words.of_arm[JUDGE] if word.startswith(BASE_KEY))
+        error.fix = error.fix or (
+            f"leave out {JUDGE}:{written}, so that the judge has the base of the arms, or name "
+            f"another: {JUDGE}:{BASE_KEY}=NAME"
+        )
+        raise
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    limit, prompt_limit = judge.data.max_length, judge.data.prompt_limit
+    if positions is None or limit <= positions:
+        return {}
+    limits = [f"data.max_length={positions}"]
+    if prompt_limit >= positions:
+        limits.append("data.max_prompt_length=auto")
+    if words.sets(JUDGE, "data.max_length"):
+        raise RecipeError(
+            where="command line",
+            found=f"{JUDGE}:data.max_length is {limit:,}, but {base.name} has {positions:,} "
+            "positions (max_position_embeddings)",
+            expected=f"at most {positions:,} tokens",
+            fix=" ".join(f"{JUDGE}:{word}" for word in limits),
+        )
+    return {JUDGE: limits}
+
+
+def _refuse_other(task: Task, arguments: Mapping[str, Any]) -> None:
     """Raise :class:`RecipeError` if the folder holds anything but this comparison."""
     folder, file = task.folder, task.folder / FILE
     new = next(
@@ -215,7 +285,7 @@ def _refuse_other(task: Task) -> None:
         if not (path := folder.with_name(f"{folder.name}-{number}")).exists()
     )
     if file.is_file():
-        differences = _differences(read_json(file), task.arguments())
+        differences = _differences(read_json(file), arguments)
         if differences and any((folder / "runs").glob("*/recipe.yaml")):
             more = len(differences) - SHOWN
             rest = f"; and {more} more" if more > 0 else ""

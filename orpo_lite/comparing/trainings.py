@@ -10,6 +10,7 @@ import torch
 
 from orpo_lite.api import train_events
 from orpo_lite.base.download import ADAPTER_WEIGHTS
+from orpo_lite.comparing.arms import name_arm
 from orpo_lite.comparing.split import ARMS, JUDGE
 from orpo_lite.comparing.task import Run, Task
 from orpo_lite.errors import OrpoLiteError
@@ -45,7 +46,8 @@ def train_all(task: Task, base: Path | str, sizes: dict[str, int]) -> Generator[
             stop.fix = AGAIN
             raise
         except OrpoLiteError as error:
-            error.where = f"{run.name}: {error.where}" if error.where else run.name
+            words = task.words.of_arm.get(run.arm.name, ())
+            name_arm(error, run.name, run.arm.name, [word.partition("=")[0] for word in words])
             raise
         gc.collect()
         if torch.cuda.is_available():

@@ -2,5 +2,5 @@
 
 A module imports only modules with an earlier place in the import order. Import order: intervals,
 gain, compare, judge, score, open_run, evaluate, rewards, samples, verify, graders, answers, chat,
-health, run_record, charts, report_texts, report, live.
+curves, health, run_record, charts, report_texts, report, live.
 """

@@ -5,29 +5,15 @@ thresholds are constants. The docstring of a constant names its source: ORPO's a
 a threshold of orpo-lite. :func:`find_health` calls all rules.
 """
 
-import itertools
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Row = Mapping[str, Any]
+from orpo_lite.evaluation.curves import LEAST_STEPS, OURS, Curves, is_finite
 
 AUTHORS = "what ORPO's authors advise (docs/metrics.md)"
-OURS = "a threshold of orpo-lite"
 
-RAISED = {
-    "log_odds_chosen": "log odds of chosen to rejected",
-    "rewards/margins": "reward margin of chosen to rejected",
-    "objective/scores": "reward of sampled answers",
-}
-"""Metric that a training should raise -> its name in sentences."""
-LEAST_STEPS = 20
-"""With fewer steps the first and the last tenth hold fewer than two steps each. OURS."""
-NOISE = 4.0
-"""A difference of two means counts if it exceeds this many standard errors. By chance, about 1 in
-16,000 differences is so large, and a run has some dozens of differences. OURS."""
 RISE = 0.10
 """The loss diverges if its mean is this much (relative) above its lowest mean. OURS."""
 LEAST_RISE = 0.01
@@ -51,6 +37,10 @@ STRONG_BETA = 0.1
 Mistral with it."""
 NLL_WEIGHTS = {"dpo": "loss.rpo_alpha", "simpo": "loss.cpo_alpha"}
 """Objective without an NLL -> the setting that adds it (arXiv 2404.19733 for DPO)."""
+FAR_KL = 2.0
+"""A PPO policy has left its reference if the KL is this many times the target. OURS."""
+KL_TARGET = 6.0
+"""The target where ``loss.kl_target`` is null: its default."""
 FLAT_LOSS = 0.01
 """A loss that falls by less than this (relative) counts as not fallen. OURS."""
 FLAT_ODDS = 0.02
@@ -84,111 +74,6 @@ class Finding:
     """``section.key`` -> the value for the next training; {} if no setting helps."""
 
 
-@dataclass(frozen=True)
-class Curves:
-    """The metrics and settings of a run, in the form that the rules of this module read."""
-
-    train: Sequence[Row]
-    """The rows of training steps, in order."""
-    held_out: Sequence[Row]
-    """The rows of evaluations, in order, without the prefix ``eval_``."""
-    settings: Mapping[str, Any]
-    """``section.key`` -> value of the recipe."""
-    data: Mapping[str, Any]
-    """The content of data.json, or {}."""
-    length_rule: float | None
-    """Accuracy (0 to 1) of a rule that looks only at the length of replies. None if unknown."""
-
-    @classmethod
-    def of(
-        cls, rows: Sequence[Row], settings: Mapping[str, Any], data: Mapping[str, Any] | None = None
-    ) -> "Curves":
-        """Create curves from the rows of metrics.jsonl, the settings, and data.json.
-
-        ``logps/*`` of the rows are means over tokens.
-        """
-        held_out = [
-            {key.removeprefix("eval_"): value for key, value in row.items()}
-            for row in rows
-            if "eval_loss" in row
-        ]
-        train = [row for row in rows if "loss" in row]
-        return cls(train, held_out, settings, data or {}, _length_rule(data or {}))
-
-    @property
-    def objective(self) -> str:
-        """The value of ``loss.type``."""
-        return str(self.settings.get("loss.type", "orpo"))
-
-    @property
-    def comparison(self) -> tuple[str, str] | None:
-        """(metric, its name) of the first metric of RAISED that the run has, or None."""
-        known = {name for row in self.train for name in row}
-        return next(((name, label) for name, label in RAISED.items() if name in known), None)
-
-    def windows(self, name: str) -> "Windows | None":
-        """Return the means of a training metric over windows of steps; None for too few steps."""
-        values = [float(row[name]) for row in self.train if _is_finite(row.get(name))]
-        return Windows.of(values) if len(values) >= LEAST_STEPS else None
-
-    def change(self, name: str) -> "Change | None":
-        """Return how a metric changed from the start of the training to its end.
-
-        If held-out pairs were evaluated before the first step, the change on held-out pairs is
-        returned. Otherwise the change on training pairs is returned. If there are too few steps for
-        this change, the result is None.
-        """
-        values = [float(row[name]) for row in self.held_out if _is_finite(row.get(name))]
-        if len(values) >= 2 and self.held_out[0].get("step") == 0:
-            return Change(values[0], values[-1], 0.0, "held-out")
-        windows = self.windows(name)
-        if windows is None:
-            return None
-        return Change(windows.means[0], windows.means[-1], windows.error, "training")
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The means of a noisy series over windows of equal length."""
-
-    means: Sequence[float]
-    error: float
-    """The smallest difference of two means that is not noise: NOISE standard errors."""
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Windows":
-        """Divide a series into windows of equal length.
-
-        A window has a tenth of the values, but at least 3 and at most 100. The last window ends
-        with the series. Values at the start that do not fill a window are left out.
-        """
-        size = min(max(3, len(values) // 10), 100)
-        ends = range(len(values), size - 1, -size)
-        means = [statistics.fmean(values[end - size : end]) for end in ends][::-1]
-        # Differences of neighbours measure the noise, because a trend changes them very little.
-        steps = [abs(one - other) for one, other in itertools.pairwise(values)]
-        deviation = 1.4826 * statistics.median(steps) / math.sqrt(2)
-        return cls(means, NOISE * deviation * math.sqrt(2 / size))
-
-
-@dataclass(frozen=True)
-class Change:
-    """A metric at the start and at the end of a run."""
-
-    first: float
-    last: float
-    error: float
-    """The smallest difference that is not noise. 0 if start and end are on the same pairs."""
-    where: Literal["held-out", "training"]
-
-    @property
-    def difference(self) -> float:
-        return self.last - self.first
-
-    def __str__(self) -> str:
-        return f"from {self.first:.3f} to {self.last:.3f} ({self.where} pairs)"
-
-
 def find_health(curves: Curves) -> list[Finding]:
     """Return the verdicts on a run, the most serious first. There is at least one."""
     found = [finding for rule in RULES if (finding := rule(curves))]
@@ -203,7 +88,7 @@ def find_health(curves: Curves) -> list[Finding]:
 
 def diverging(curves: Curves) -> Finding | None:
     """Return a finding if the training loss rises or is not finite."""
-    lost = [row.get("step") for row in curves.train if not _is_finite(row["loss"])]
+    lost = [row.get("step") for row in curves.train if not is_finite(row["loss"])]
     reason = ""
     if lost:
         count = f"{len(lost)} step{'' if len(lost) == 1 else 's'}"
@@ -232,6 +117,25 @@ def diverging(curves: Curves) -> Finding | None:
     )
 
 
+def far_from_reference(curves: Curves) -> Finding | None:
+    """Return a finding if PPO ends with a policy that is far from its reference model."""
+    last = [rows[-1].get("objective/kl", 0) for rows in (curves.held_out, curves.train) if rows]
+    kl = max((value for value in last if is_finite(value)), default=0)
+    target = curves.settings.get("loss.kl_target") or KL_TARGET
+    if kl <= FAR_KL * target:
+        return None
+    return Finding(
+        "far-from-reference",
+        "Far from the reference",
+        "serious",
+        f"The policy left the reference: the KL is {kl:.3g} nats, and the target is {target:g}.",
+        f"The KL to the reference model ends above {FAR_KL:g} times loss.kl_target.",
+        OURS,
+        "Train again with a fifth of the learning rate, or with a higher loss.kl_coef.",
+        {"training.learning_rate": _rate(curves, 0.2)},
+    )
+
+
 def over_fitting(curves: Curves) -> Finding | None:
     """Return a finding if the model fits the training pairs too closely.
 
@@ -240,6 +144,8 @@ def over_fitting(curves: Curves) -> Finding | None:
     - The chosen log-prob is near 0 and the rejected log-prob is low. ORPO's authors name this sign.
     - The held-out loss rises.
     """
+    if far_from_reference(curves):  # then the KL raises the held-out loss
+        return None
     reasons = []
     chosen, rejected = curves.windows("logps/chosen"), curves.windows("logps/rejected")
     if chosen and rejected:
@@ -248,7 +154,7 @@ def over_fitting(curves: Curves) -> Finding | None:
             reasons.append(
                 f"The chosen log-prob rose to {high:.2f} while the rejected one fell to {low:.1f}."
             )
-    losses = [row for row in curves.held_out if _is_finite(row.get("loss"))]
+    losses = [row for row in curves.held_out if is_finite(row.get("loss"))]
     best = min(losses, key=lambda row: float(row["loss"]), default={})
     if losses:
         lowest = float(best["loss"])
@@ -396,6 +302,7 @@ def too_few_steps(curves: Curves) -> Finding | None:
 
 RULES: tuple[Callable[[Curves], Finding | None], ...] = (
     diverging,
+    far_from_reference,
     over_fitting,
     not_learning,
     both_sink,
@@ -426,14 +333,10 @@ def _healthy(curves: Curves) -> Finding:
 # --- figures that several rules use
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _rate(curves: Curves, factor: float) -> float:
     """Return the run's learning rate times ``factor``, rounded to two digits."""
     rate = curves.settings.get("training.learning_rate")
-    rate = rate if isinstance(rate, int | float) and _is_finite(rate) and rate > 0 else 5e-5
+    rate = rate if isinstance(rate, int | float) and is_finite(rate) and rate > 0 else 5e-5
     return float(f"{rate * factor:.2g}")
 
 
@@ -469,24 +372,12 @@ def _accuracy_before(curves: Curves) -> tuple[float | None, int, str]:
 
 def _last_accuracy(curves: Curves) -> float | None:
     """Return the trained model's accuracy in its best evaluation, else in its last steps."""
-    losses = [row for row in curves.held_out if _is_finite(row.get("loss")) and row.get("step")]
+    losses = [row for row in curves.held_out if is_finite(row.get("loss")) and row.get("step")]
     if losses:
         value = min(losses, key=lambda row: float(row["loss"])).get("rewards/accuracies")
         return float(value) if isinstance(value, int | float) else None
     windows = curves.windows("rewards/accuracies")
     return windows.means[-1] if windows else None
-
-
-def _length_rule(data: Mapping[str, Any]) -> float | None:
-    """Return the accuracy of "prefer the longer" or "prefer the shorter", whichever is higher.
-
-    Half of the pairs with two replies of equal length count as right. None if data.json has no
-    lengths.
-    """
-    longer, shorter = data.get("chosen_longer"), data.get("rejected_longer")
-    if not isinstance(longer, int | float) or not isinstance(shorter, int | float):
-        return None
-    return float(max(longer, shorter) + (1 - longer - shorter) / 2)
 
 
 def _lower_bound(share: float, count: int) -> float:

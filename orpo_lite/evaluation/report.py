@@ -61,8 +61,8 @@ MEAN_REWARD = Spec(
 SAMPLED = (
     Spec("sampled-reward", "Reward of sampled answers", "Mean score by the reward model, without "
          "the KL penalty.", {"objective/scores": ""}, "high"),
-    Spec("kl", "KL to the reference model", "Mean over sampled answers, in nats. The penalty keeps "
-         "it near loss.kl_target.", {"objective/kl": ""}),
+    Spec("kl", "KL to the reference model", "Mean over sampled answers, in nats. The penalty is "
+         "meant to keep it near loss.kl_target.", {"objective/kl": ""}),
 )  # fmt: skip
 """The charts of PPO."""
 MEMORY = Spec(

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from orpo_lite.base.download import ADAPTER_WEIGHTS
 from orpo_lite.errors import CheckpointError
-from orpo_lite.evaluation.health import Curves, Finding, find_health
+from orpo_lite.evaluation.curves import Curves
+from orpo_lite.evaluation.health import Finding, find_health
 from orpo_lite.recipe.schema import SECTIONS
 from orpo_lite.runs.atomic import sha256
 from orpo_lite.runs.changes import Change, read_changes, values_in_force

@@ -170,12 +170,19 @@ class PairModel(nn.Module):
         rewards: Tensor = self.score_head(hidden.to(self.score_head.weight.dtype)).squeeze(-1)
         return rewards
 
-    def score(self, batch: PackedPairs, route: Route) -> Tensor:
-        """Return the log-probabilities of the tokens in ``batch.targets_N``, shape (N,)."""
+    def score(self, batch: PackedPairs, route: Route, temperature: float = 1.0) -> Tensor:
+        """Return the log-probabilities of the tokens in ``batch.targets_N``, shape (N,).
+
+        ``temperature`` divides the logits, as in sampling.
+        """
         if route == "logits" or self.chunk is None:
-            return pick(at_least_float32(self.row_logits(batch, route)), batch.targets_N)
+            logits_NV = at_least_float32(self.row_logits(batch, route))
+            if temperature != 1:
+                logits_NV = logits_NV / temperature
+            return pick(logits_NV, batch.targets_N)
+        head = self.head.at_temperature(temperature)
         return row_logps(
-            self._hidden(batch, route), batch.rows_N, batch.targets_N, self.head, self.chunk
+            self._hidden(batch, route), batch.rows_N, batch.targets_N, head, self.chunk
         )
 
     def row_logits(self, batch: PackedPairs, route: Route) -> Tensor:

@@ -1,7 +1,8 @@
 """PPO: proximal policy optimization against a reward model (arXiv 1707.06347, 2203.02155).
 
 This module holds the formulas. :mod:`orpo_lite.training.ppo` samples answers and takes the steps.
-The defaults are those of Table 5 of the ORPO paper, and of TRL at that time.
+The defaults of the loss are those of Table 5 of the ORPO paper, or of TRL at that time where it has
+none. Batch, learning rate and answer length of the table are in the recipe paper-ppo.
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,11 @@ class Head:
         """
         is_frozen = not any(p.requires_grad for p in self.module.parameters())
         return type(self.module) is nn.Linear and is_frozen
+
+    def at_temperature(self, temperature: float) -> Head:
+        """Return a head whose logits are those of this head, divided by ``temperature``."""
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return replace(self, scale=self.scale / temperature, softcap=softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits in at least float32, shape (..., V)."""

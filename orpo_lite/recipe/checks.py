@@ -98,9 +98,29 @@ LOSSES_WITH: dict[str, tuple[str, ...]] = {
 """Key of the section loss -> the values of ``loss.type`` that use it."""
 
 
+LOSSES_WITHOUT: dict[str, tuple[str, ...]] = {
+    "beta": ("sft", "reward", "ppo"),
+    "completion_only_loss": ("ppo",),
+    "nll_reduction": ("ppo",),
+}
+"""Key of the section loss that most losses use -> the values of ``loss.type`` that do not."""
+
+
 def _settings_of_losses(recipe: Recipe) -> Iterator[RecipeError]:
     """Yield an error for each chosen setting of a loss that another loss does not use."""
     loss, data = recipe.loss, recipe.data
+    for key, types in LOSSES_WITHOUT.items():
+        default = type(loss).model_fields[key].default
+        # Many recipes set beta, and loss.type=sft trains with them too. A run folder then keeps it.
+        is_meant = key != "beta" or recipe.sources["loss.beta"] == "command line"
+        if is_meant and getattr(loss, key) != default and loss.type in types:
+            yield _contradiction(
+                recipe,
+                f"loss.{key}",
+                "loss.type",
+                f"no {key}, because it has no effect on {loss.type}",
+                {f"loss.{key}": default},
+            )
     for key, types in LOSSES_WITH.items():
         is_chosen = getattr(loss, key) != type(loss).model_fields[key].default
         if is_chosen and loss.type not in types:

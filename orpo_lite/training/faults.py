@@ -140,7 +140,7 @@ def report_not_finite(
 
 
 @contextmanager
-def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
+def explain_faults(recipe: Recipe, config: Any, path: Path, device: torch.device) -> Iterator[None]:
     """Turn errors that torch raises inside the ``with`` block into errors with a fix.
 
     If ``training.full_determinism`` is set, only deterministic kernels run inside the block. An
@@ -160,7 +160,7 @@ def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
                 fix=Command(resume_command(path).line, ", with the same launcher"),
             ) from error
         if is_out_of_memory(error):
-            found = f"the GPU is out of memory ({first_line(error)})"
+            found = f"out of memory on {device.type} ({first_line(error)})"
             smaller = {"memory.micro_batch_tokens": max(1, recipe.micro_batch_tokens // 2)}
             if not recipe.memory.packing:
                 pairs = recipe.memory.micro_batch_size or 2

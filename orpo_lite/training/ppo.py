@@ -126,6 +126,8 @@ def _roll_out(session: Session, pairs: Sequence[TokenizedPair], seed: tuple[int,
     """Sample an answer to the prompt of each pair, and score the answers."""
     model, recipe = session.pair_model, session.recipe
     answers = _sample(session, pairs, seed)
+    ended = _with_ends(session, answers)
+    temperature = recipe.loss.temperature
     batching = _batching(session)
     size = recipe.loss.ppo_mini_batch_size
     chunks: list[list[int]] = []
@@ -139,14 +141,15 @@ def _roll_out(session: Session, pairs: Sequence[TokenizedPair], seed: tuple[int,
         rows = _pack([answers[index] for index in chunk], session)
         # With gradients, although they are not used: without them, other kernels may round
         # differently.
-        logps.append(model.score(rows, model.route).detach())
+        logps.append(model.score(rows, model.route, temperature).detach())
         with torch.no_grad():
             with use_reference(model):
-                refs.append(model.score(rows, model.route))
+                refs.append(model.score(rows, model.route, temperature))
             with model.using(VALUE):
                 values.append(model.values(rows))
             with model.using(REWARD):
-                scores_R[chunk] = model.rewards(rows)[0].to(scores_R.dtype)
+                rewarded = _pack([ended[index] for index in chunk], session)
+                scores_R[chunk] = model.rewards(rewarded)[0].to(scores_R.dtype)
     return Rollout(answers, scores_R, chunks, torch.cat(logps), torch.cat(refs), torch.cat(values))
 
 
@@ -170,12 +173,29 @@ def _sample(
     answers = []
     for row, pair in enumerate(pairs):
         ids = found[row]
-        end = [inputs.end_id] if len(ids) < loss.response_length else []
+        room = min(loss.response_length, answerer.room(prompts[row]))
+        end = [inputs.end_id] if len(ids) < room else []
         start = len(prompts[row])
         answers.append(
             TokenizedPair(prompts[row] + ids + end, [], start, 0, pair.where, pair.prompt)
         )
     return answers
+
+
+def _with_ends(session: Session, answers: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """Return the answers as the reward model reads them: each ends with the end token.
+
+    The score head was trained at the end token, and `orpo-lite score` reads it there. If an answer
+    was cut at the model's last position, the end token takes the place of its last token.
+    """
+    end_id, config = session.inputs.end_id, session.pair_model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or 1 << 30
+    return [
+        answer
+        if answer.chosen_ids[-1] == end_id
+        else replace(answer, chosen_ids=[*answer.chosen_ids[: positions - 1], end_id])
+        for answer in answers
+    ]
 
 
 def _number(place: Sequence[int]) -> int:
@@ -217,7 +237,7 @@ class _Updated:
     value: float
     ratio: float
     clipped: float
-    """Share of tokens whose ratio was clipped."""
+    """Share of tokens whose loss is the clipped one, because it is larger."""
     kl: float
     """Half of the mean squared difference of new and old log-probabilities."""
     norm: float
@@ -266,7 +286,7 @@ def _update_on(
         old_N, old_values_N, advantages_N, returns_N = (
             torch.cat(parts) for parts in zip(*known, strict=True)
         )
-        logps_N = model.score(rows, model.route)
+        logps_N = model.score(rows, model.route, loss.temperature)
         policy_N, ratio_N = policy_loss(logps_N, old_N, advantages_N, loss.cliprange)
         session.processes.backward(session.scaler.scale(policy_N.sum() / total))
         with model.using(VALUE):
@@ -274,7 +294,7 @@ def _update_on(
             share = loss.vf_coef * value_N.sum() / total
             session.processes.backward(session.scaler.scale(share))
         with torch.no_grad():
-            clipped_N = (ratio_N - 1).abs() > loss.cliprange
+            clipped_N = policy_N > -advantages_N * ratio_N
             kl_N = 0.5 * (logps_N - old_N) ** 2
             tokens = (policy_N, value_N, ratio_N, clipped_N, kl_N)
             sums_5 += torch.stack([part_N.double().sum() for part_N in tokens])
@@ -300,7 +320,7 @@ def _rollout_metrics(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": score_ - kl_coef * kl,
         "objective/length": sum(rollout.lengths) / len(rollout.answers),
-        "objective/entropy": float(-rollout.logps_N.mean()),
+        "objective/entropy": float(-rollout.logps_N.sum() / len(rollout.answers)),
     }
 
 

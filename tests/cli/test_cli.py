@@ -138,7 +138,7 @@ def test_ls_lists_every_recipe_with_its_headline_base_beta_and_gpu(call: Call) -
             load_recipe(name),
             path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "),
         )
-        has_beta = recipe.loss.type not in ("sft", "reward")
+        has_beta = recipe.loss.type not in ("sft", "reward", "ppo")
         assert re.split(r"  +", line) == [
             name,
             recipe.model.model_name_or_path,

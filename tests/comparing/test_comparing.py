@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from orpo_lite.comparing.answers import reply_tokens
 from orpo_lite.comparing.arms import ARMS, arm_recipe, choose_arms, read_words
 from orpo_lite.comparing.compare import compare_events
 from orpo_lite.comparing.cost import sequences_of
-from orpo_lite.comparing.task import prepare_task
+from orpo_lite.comparing.task import Task, prepare_task, record
 from orpo_lite.data.dataset import PromptTokenizer
 from orpo_lite.data.pair import Pair
 from orpo_lite.data.pairs import PairReader
@@ -81,6 +82,20 @@ def compared(folder: Path) -> tuple[Path, list[Update], int]:
     return folder / "run-compare", updates, sequences
 
 
+def begun(compared: Path, arguments: dict[str, Any], *finished: str) -> Task:
+    """A comparison whose judge and sft are those of another one, as are the finished files."""
+    given = {key: value for key, value in arguments.items() if key != "settings"}
+    task = prepare_task("./small.yaml", arguments["settings"], seeds=1, prompts=None, **given)
+    record(task)
+    for name in ("data", "runs/judge", "runs/sft-seed42"):
+        shutil.copytree(compared / name, task.folder / name)
+    for file in (file for pattern in finished for file in compared.glob(pattern)):
+        copy = task.folder / file.relative_to(compared)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(file, copy)
+    return task
+
+
 def table(path: Path) -> dict[str, Any]:
     """The result without what a clock and a memory meter measure, and without the folder."""
     found = json.loads((path / "result.json").read_text("utf-8"))
@@ -107,11 +122,16 @@ def test_a_comparison_has_a_table_a_report_and_ordinary_runs(
     assert bases == ["judge-base", "base"]
     found = table(path)  # twenty pairs are too few to trust a judge
     assert found["judge"]["pairs"] == 20  # of test and arms
+    assert (found["judge"]["training"]["pairs"], found["reward_models"]) == (15, [])
     assert (found["judge"]["is_trusted"], found["winner"]) == (False, None)
     assert {win["outcome"] for win in found["wins"]} == {"cannot tell"}
     page = (path / "compare.html").read_text("utf-8")
     shown = re.sub(r"<[^>]+>", "", page)
     assert f"{rate:.1%}" in shown
+    settings = re.findall(r'<th scope="row">(\w+\.\w+)</th>(.*)</tr>', page)
+    assert "training.learning_rate" in dict(settings)
+    # dpo spells out the modules of its adapter, and the default beta is that of dpo alone
+    assert not {"lora.target_modules", "loss.beta"} & {*dict(settings)}
     assert not re.findall(r"<script|https?://(?!www\.w3\.org)", page)
     code, printed, _ = call("report", str(path / "runs" / "dpo-seed42"), "--to", "dpo.html")
     assert code == 0
@@ -139,6 +159,7 @@ def test_a_comparison_that_is_stopped_three_times_ends_with_the_same_table(
 ) -> None:
     """A command that stops at an update leaves the same files as one that is killed there."""
     arguments = ARGUMENTS | {"out": tmp_path / "stopped"}
+    begun(compared[0], arguments)
     for place in ("training dpo-seed42", "sampling answers", "judging answers"):
         updates = compare_events("./small.yaml", **arguments)
         for update in updates:
@@ -151,6 +172,28 @@ def test_a_comparison_that_is_stopped_three_times_ends_with_the_same_table(
     assert (tmp_path / "stopped" / "answers" / "sft-seed42-round2.jsonl").exists()
     list(compare_events("./small.yaml", **arguments))
     assert table(tmp_path / "stopped") == table(compared[0])
+
+
+def test_ppo_is_reported_with_its_reward_model(
+    compared: tuple[Path, list[Update], int], tmp_path: Path
+) -> None:
+    """A training of one step keeps step 0, because the warm-up begins with a rate of 0."""
+    words = [*ARGUMENTS["settings"], "ppo:training.max_steps=1", "reward:training.max_steps=1"]
+    arguments = ARGUMENTS | {"settings": words, "arms": "sft,ppo", "out": tmp_path / "ppo"}
+    task = begun(compared[0], arguments, "answers/sft-*", "rewards/sft-*", "rewards/judge.json")
+    list(compare_events("./small.yaml", **arguments))
+    found = table(task.folder)
+    (model,) = found["reward_models"]
+    metrics = (task.folder / "runs/reward-seed42/metrics.jsonl").read_text("utf-8").splitlines()
+    assert model["accuracy"] == json.loads(metrics[0])["eval_accuracy"]
+    assert (model["kept_step"], model["steps"], model["pairs"]) == (0, 1, 15)
+    assert "ppo kept step 0: its answers are those of sft" in found["verdict"]
+    assert f"ranks {model['accuracy']:.1%} of {model['validation_pairs']} validation pairs" in found["verdict"][-1]  # fmt: skip
+    assert "reward-seed42 kept step 0, so it is untrained" in found["verdict"][-1]
+    page = (task.folder / "compare.html").read_text("utf-8")
+    assert '<th scope="col">reward model of ppo</th>' in page
+    rows = dict(re.findall(r'<th scope="row">(loss\.\w+)</th>(.*)</tr>', page))
+    assert rows["loss.response_length"] == "<td>–</td><td>–</td><td>–</td><td>8</td>"
 
 
 @pytest.mark.long
@@ -245,8 +288,11 @@ def test_too_few_prompts_are_refused_and_nothing_is_written(call: Callable[..., 
     code, _, complaint = call(*COMMAND, "--prompts", "30", "--out", "few")
     assert code == 3
     assert "40 different prompts, too few for 30" in complaint
+    assert "expected: 120 or more" in complaint
     assert "fix: --prompts 5" in complaint
     assert not Path("few").exists()
+    code, _, complaint = call(*COMMAND, "data.max_samples=9", "--out", "few")
+    assert "9 different prompts, too few for a comparison\n  expected: 10 or more" in complaint
     short = ["data.max_length=16", "data.max_prompt_length=12"]
     code, _, complaint = call(*COMMAND, *short, "--out", "few")
     assert code == 3
@@ -301,6 +347,21 @@ def test_ppo_reads_a_reward_model_that_never_saw_the_data_of_the_judge() -> None
     read = (ppo.model.adapter_name_or_path, ppo.loss.reward_adapter_name_or_path)
     assert [Path(name or "").parent.name for name in read] == ["sft-seed43", "reward-seed43"]
     assert recipes["reward-seed42"].training.max_steps == 9
+    assert ppo.loss.response_length == 8
+
+
+def test_limits_that_no_person_set_are_those_that_fit() -> None:
+    """PPO's answers fit in max_length, and the judge's limit in the 256 positions of its base."""
+    words = ["data.max_length=400", "data.max_prompt_length=280"]
+    words += ["judge:model.model_name_or_path=./judge-base"]
+    task = prepare_task("./small.yaml", words, arms="sft,ppo", seeds=1, rounds=1, prompts=None,
+                        max_new_tokens=128, out="limits")  # fmt: skip
+    recipes = {run.name: task.run_recipe(run, "base", 100) for run in task.runs}
+    assert recipes["ppo-seed42"].loss.response_length == 400 - 280
+    limits = {name: (found.data.max_length, found.data.prompt_limit) for name, found in recipes.items()}  # fmt: skip
+    assert limits["judge"] == (256, 128)
+    assert {*limits.values()} == {(256, 128), (400, 280)}
+    assert not task.folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -309,11 +370,38 @@ def test_ppo_reads_a_reward_model_that_never_saw_the_data_of_the_judge() -> None
         (["--arms", "sft,ppq"], "'ppq' is not an arm", "--arms sft"),
         (["--arms", "sft"], "fewer than two arms", "--arms sft,orpo"),
         (["--arms", "sft,orpo,sft"], "names an arm twice", "--arms sft,orpo"),
-        (["kto:loss.beta=1"], "kto is not an arm of this comparison", "loss.beta=1 sets"),
+        (["kto:loss.beta=1"], "kto is not an arm of this comparison", "orpo:loss.beta=1"),
+        (["kto:lora.r=8"], "kto is not an arm of this comparison", "lora.r=8 sets"),
+        (["orpo:training.max_steps"], "has no value", "orpo:training.max_steps=VALUE"),
+        (
+            ["--arms", "sft,ppo", "orpo:loss.beta=3"],
+            "orpo is not an arm",
+            "--arms sft,ppo,orpo, or leave the word out",
+        ),
+        (
+            ["--arms", "sft,ppo", "loss.beta=3"],
+            "no arm of this comparison uses",
+            "leave the word out",
+        ),
+        (
+            ["--arms", "sft,dpo", "loss.beta=3"],
+            "this key differs between losses",
+            "dpo:loss.beta=3",
+        ),
+        (
+            ["--arms", "sft,ppo", "ppo:loss.response_length=99"],
+            "ppo: command line: loss.response_length is 99",
+            "ppo:loss.response_length=32",
+        ),
+        (
+            ["judge:model.model_name_or_path=./judge-base", "judge:data.max_length=300"],
+            "has 256 positions",
+            "judge:data.max_length=256",
+        ),
         (["loss.beta=1"], "this key differs between losses", "orpo:loss.beta=1"),
         (["loss.type=dpo"], "--arms chooses the losses", "--arms dpo"),
         (["dpo:data.max_length=9"], "only for dpo", "data.max_length=9 sets it for all arms"),
-        (["dpo:loss.simpo_gamma=1"], "loss.simpo_gamma is 1.0", "loss.type=simpo"),
+        (["dpo:loss.simpo_gamma=1"], "no effect on loss.type dpo", "simpo:loss.simpo_gamma=1"),
         (["--rounds", "0"], "0", "--rounds 1"),
         (["--out", "base"], "exists and is not a comparison", "--out base-2"),
     ],
@@ -337,8 +425,14 @@ def test_an_arm_that_this_version_cannot_train_is_refused(
 
 def test_a_training_that_fails_names_its_arm(tmp_path: Path) -> None:
     settings = [*ARGUMENTS["settings"], "judge:lora.target_modules=nothing"]
-    with pytest.raises(ModelError, match="judge: command line: lora"):
+    with pytest.raises(ModelError, match="judge: command line: lora") as raised:
         list(compare_events("./small.yaml", settings, arms="sft,orpo", out=tmp_path / "wrong"))
+    assert raised.value.fix == "judge:lora.target_modules=all-linear"
+    missing = "judge:model.model_name_or_path=./absent"
+    with pytest.raises(ModelError, match="no such folder") as raised:
+        list(compare_events("./small.yaml", [missing], arms="sft,orpo", out=tmp_path / "missing"))
+    assert raised.value.fix.startswith(f"leave out {missing}, so")
+    assert not (tmp_path / "missing").exists()
 
 
 @pytest.mark.long

@@ -12,6 +12,7 @@ from orpo_lite.comparing.diversity import (
     load_sentence_model,
     sentence_model,
 )
+from orpo_lite.comparing.reward_models import RewardTraining, verdict_on
 from orpo_lite.comparing.table import Judge, decide
 from orpo_lite.comparing.win_rates import Sampled, WinRate, win_rate
 from orpo_lite.evaluation.intervals import Interval
@@ -143,12 +144,33 @@ def test_a_winner_is_named_only_if_it_clearly_beats_every_other_arm() -> None:
 def test_a_judge_no_better_than_chance_decides_nothing() -> None:
     wins = [a_win("b", "a", 0.6, 0.8)]
     weak = Judge(Interval(0.55, 0.45, 0.65), 100, 100, 9)
+    trained = RewardTraining("judge", 90, 96, 30, 9, 5e-3, 1.0, -1, 0.5, 8)
     winner, sentences = decide(["a", "b"], wins, weak)
     assert winner is None
     assert sentences[0].startswith("cannot tell: the judge ranks 55.0%")
     assert "judge:training.num_train_epochs=3" in sentences[0]
-    winner, sentences = decide(["a", "b"], wins, replace(weak, kept_step=0))
-    assert "it is untrained" in sentences[0]
+    assert "55.0% (95% interval 45.0 to 65.0) of 100 pairs correctly; none of them was in its training; this is not clearly better than chance" in sentences[0]  # fmt: skip
+    worse = replace(weak, accuracy=Interval(0.147, 0.018, 0.276), training=trained)
+    (sentence,) = decide(["a", "b"], wins, worse)[1]
+    assert "was in its training on 90 of 96 pairs; this is clearly worse than chance" in sentence
+    for changes, hint in (
+        ({}, "lower learning rate, such as judge:training.learning_rate=0.0005"),
+        ({"steps": 2}, "more epochs, such as judge:training.num_train_epochs=10"),
+        ({"steps": 1, "max_steps": 1}, "more steps, such as judge:training.max_steps=20"),
+    ):
+        training = replace(trained, kept_step=0, **changes)
+        (sentence,) = decide(["a", "b"], wins, replace(weak, kept_step=0, training=training))[1]
+        assert "it is untrained" in sentence
+        assert hint in sentence
+
+
+def test_an_untrained_reward_model_of_ppo_is_named() -> None:
+    first = RewardTraining("reward-seed1", 96, 96, 30, 9, 5e-3, 1.0, -1, 0.75, 8)
+    (sentence,) = verdict_on([first, replace(first, name="reward-seed2", kept_step=0)])
+    assert sentence.startswith("ppo's reward models rank 75.0%, 75.0% of 8 validation pairs")
+    assert "reward-seed2 kept step 0, so it is untrained" in sentence
+    assert sentence.endswith("such as reward:training.learning_rate=0.0005")
+    assert "untrained" not in verdict_on([first])[0]
 
 
 # --- diversity

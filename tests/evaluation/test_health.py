@@ -11,7 +11,8 @@ import pytest
 from conftest import SHARED
 
 from orpo_lite.api import train
-from orpo_lite.evaluation.health import RULES, Curves, Finding, find_health
+from orpo_lite.evaluation.curves import Curves
+from orpo_lite.evaluation.health import RULES, Finding, find_health
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.runs.records import read_json, read_metrics
 
@@ -32,7 +33,7 @@ def curves_of(kind: str, rng: random.Random) -> Curves:  # noqa: C901 - a few li
     chosen = -rng.uniform(0.8, 1.8)
     margin, settings = rng.uniform(-0.05, 0.1), dict(SETTINGS)
     gain, fall, sink = rng.uniform(0.2, 1.5), rng.uniform(0.08, 0.4), -rng.uniform(0.05, 0.3)
-    rising = 0.0
+    rising = far = 0.0
     if kind == "not-learning":
         gain = fall = sink = 0.0
     elif kind == "sinking":
@@ -44,6 +45,8 @@ def curves_of(kind: str, rng: random.Random) -> Curves:  # noqa: C901 - a few li
         steps = rng.randrange(1, 19)
     elif kind == "over-fitting":
         rising = rng.uniform(0.15, 0.6)
+    elif kind == "far-from-reference":
+        far, rising, settings["loss.type"] = rng.uniform(15, 40), 0.5, "ppo"
     settings["loss.beta"] = beta
     at_end = kind == "over-fitting" and rng.random() < 0.5  # the authors' pattern of log-probs
     blown = rng.uniform(0.4, 0.8) if kind == "diverging" else 2.0
@@ -62,8 +65,9 @@ def curves_of(kind: str, rng: random.Random) -> Curves:  # noqa: C901 - a few li
         odds = m * 1.3
         loss = n + beta * math.log1p(math.exp(-odds))
         accuracy = 1 / (1 + math.exp(-1.7 * m))
-        return {"loss": loss, "nll_loss": n, "log_odds_chosen": odds, "logps/chosen": c,
-                "logps/rejected": c - m, "rewards/accuracies": accuracy}  # fmt: skip
+        row = {"loss": loss, "nll_loss": n, "log_odds_chosen": odds, "logps/chosen": c,
+               "logps/rejected": c - m, "rewards/accuracies": accuracy}  # fmt: skip
+        return row | ({"objective/kl": eased(0.0, far, share)} if far else {})
 
     def noisy(row: dict[str, float], pairs: int, scale: float) -> dict[str, Any]:
         spread = scale / math.sqrt(pairs)
@@ -98,7 +102,10 @@ def curves_of(kind: str, rng: random.Random) -> Curves:  # noqa: C901 - a few li
     return Curves.of(rows, settings, DATA)
 
 
-KINDS = ("healthy", "not-learning", "over-fitting", "sinking", "data", "diverging", "too-few-steps")
+KINDS = (
+    "healthy", "not-learning", "over-fitting", "sinking", "data", "diverging", "too-few-steps",
+    "far-from-reference",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,6 +115,8 @@ def test_planted_curves_are_recognised(kind: str) -> None:
         found = [finding.name for finding in find_health(curves_of(kind, random.Random(seed)))]
         if found[0] != kind or (kind in ("healthy", "not-learning") and len(found) > 1):
             wrong.append((seed, found))
+        if kind == "far-from-reference":
+            assert "over-fitting" not in found
     assert wrong == []
 
 

@@ -358,6 +358,9 @@ def test_the_head_equals_log_softmax(
         assert torch.allclose(
             row_logps(hidden, rows, targets, head, chunk), expected, rtol=0, atol=1e-13
         )
+    divided = pick(head.logits(hidden[rows]) / 2.5, targets)
+    found = row_logps(hidden, rows, targets, head.at_temperature(2.5), 3)
+    assert torch.allclose(found, divided, rtol=0, atol=1e-13)
     if trained:
         (grad,) = torch.autograd.grad(
             row_logps(hidden, rows, targets, head, 3).sum(), module.weight

@@ -484,6 +484,31 @@ def test_a_contradiction_names_both_keys(
     assert [part for part in expected if part not in said] == [], said
 
 
+@pytest.mark.parametrize(
+    ("loss", "key", "value", "default"),
+    [
+        ("sft", "beta", "0.5", "0.1"),
+        ("reward", "beta", "0.5", "0.1"),
+        ("ppo", "beta", "0.5", "0.1"),
+        ("ppo", "nll_reduction", "pair", "token"),
+        ("ppo", "completion_only_loss", "true", "null"),
+    ],
+)
+def test_a_setting_that_the_loss_does_not_use_is_refused(
+    write: Write, loss: str, key: str, value: str, default: str
+) -> None:
+    more = [f"loss.type={loss}"]
+    if loss == "ppo":
+        more.append("loss.reward_adapter_name_or_path=reward/adapter")
+    said = message(write(MINIMAL), *more, f"loss.{key}={value}")
+    assert said.startswith("command line:")
+    assert f"it has no effect on {loss}" in said
+    assert said.endswith(f"fix: loss.{key}={default}")
+    load_recipe(write(MINIMAL), [*more, f"loss.{key}={value}", f"loss.{key}={default}"])
+    if key == "beta":  # a recipe that sets it works with any loss
+        load_recipe(write(MINIMAL + "loss:\n  beta: 0.5\n"), more)
+
+
 def test_all_faults_come_at_once(write: Write) -> None:
     name = write(
         "model:\n  model_name: x\ndata:\n  dataset_name: d\n  max_length: x\nlora:\n  r: 1\n  r: 2\n"
@@ -744,9 +769,10 @@ LAMBDA = {  # PAPER.md: Mistral 0.1, Llama-2 0.2, Phi-2 0.25, OPT 1.0; 0.1 where
     "phi2-qlora": 0.25, "opt-125m": 1.0, "opt-350m": 1.0, "opt-1.3b": 1.0,
     "paper-orpo": 1.0,
 }  # fmt: skip
-ARMS = {  # PAPER.md: loss, epochs, and ten times the paper's learning rate (reward: that of SFT)
+# PAPER.md: loss, epochs, and ten times the paper's learning rate (reward: that of SFT; ppo: its own)
+ARMS = {
     "paper-orpo": ("orpo", 10, 8e-5), "paper-sft": ("sft", 1, 1e-4), "paper-dpo": ("dpo", 3, 5e-5),
-    "paper-reward": ("reward", 1, 1e-4),
+    "paper-reward": ("reward", 1, 1e-4), "paper-ppo": ("ppo", 1, 1e-5),
 }  # fmt: skip
 
 
@@ -790,6 +816,13 @@ def test_the_arms_of_the_paper_differ_in_the_objective_only() -> None:
     chosen = {"loss.type", "loss.beta", "model.adapter_name_or_path"} | {
         f"training.{key}" for key in ("output_dir", "num_train_epochs", "learning_rate")
     }
+    of_ppo = {"training.global_batch_size": 64, "loss.response_length": 256}
+    of_ppo["loss.reward_adapter_name_or_path"] = (
+        f"{arms['paper-reward'].training.output_dir}/adapter"
+    )
+    ppo = arms["paper-ppo"]
+    assert {key: dict(ppo.items())[key] for key in of_ppo} == of_ppo
+    arms["paper-ppo"] = ppo.override({key: dict(arms["paper-dpo"].items())[key] for key in of_ppo})
     shared = [
         {key: value for key, value in recipe.items() if key not in chosen}
         for recipe in arms.values()
@@ -797,7 +830,7 @@ def test_the_arms_of_the_paper_differ_in_the_objective_only() -> None:
     assert shared == [shared[0]] * len(ARMS)
     starts = {name: recipe.model.adapter_name_or_path for name, recipe in arms.items()}
     of_sft = f"{arms['paper-sft'].training.output_dir}/adapter"
-    assert starts == dict.fromkeys(ARMS, None) | {"paper-dpo": of_sft}
+    assert starts == dict.fromkeys(ARMS, None) | dict.fromkeys(("paper-dpo", "paper-ppo"), of_sft)
     assert arms["paper-dpo"].loss.beta == 0.1
     early = {"training.early_stopping_patience": 3, "training.output_dir": "runs/opt-350m"}
     assert dict(arms["paper-orpo"].items()) | early == dict(load_recipe("opt-350m").items())
