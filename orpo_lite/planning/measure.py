@@ -249,7 +249,25 @@ def resident_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
     trained = [parameter for _, parameter in trained_parameters(model)]
     states, paged = state_bytes(recipe, trained)
     gradients = sum(map(storage_bytes, trained))
+    if (shards := recipe.memory.shards) > 1:
+        layers = [divided_bytes(layer, 1) for layer in model.layers]
+        parts = [divided_bytes(layer, shards) for layer in model.layers]
+        sizes["base"] -= sum(layers) - sum(parts)
+        # FSDP2 gathers the next layer while one runs.
+        sizes["gathered layers"] = 2 * max(layers, default=0)
     return sizes | {"gradients": gradients, "optimizer": states + paged}, paged
+
+
+def divided_bytes(layer: Any, shards: int) -> int:
+    """Return the bytes of a decoder layer's frozen matrices in one of the processes that share it.
+
+    FSDP2 divides the rows of each matrix, and pads them to a multiple of ``shards``.
+    """
+    return sum(
+        -(-len(p) // shards) * (p.untyped_storage().nbytes() // len(p))
+        for p in layer.parameters()
+        if not p.requires_grad and p.ndim > 1
+    )
 
 
 def offloaded_embedding_bytes(model: PairModel) -> int:

@@ -266,10 +266,9 @@ class MemorySection(Section):
     """Keep the input embedding in host memory. This is not possible if the embedding is tied to the
     output head. auto: the plan chooses. Without a plan: false."""
 
-    shard: Literal["auto", "off"] | Annotated[int, Field(ge=2)] = "auto"
+    shard: Literal["off"] | Annotated[int, Field(ge=2)] = "off"
     """Number of processes that share one copy of the base: each holds a part of every layer. off:
-    each process holds the whole base. auto: off if the base fits a GPU, else all processes of a
-    machine. Without a plan: off."""
+    each process holds the whole base. Needs `orpo-lite launch` or `accelerate launch`."""
 
     def unplanned(self) -> "MemorySection":
         """Return a copy for a training without a plan.

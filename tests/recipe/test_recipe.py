@@ -959,6 +959,7 @@ OWNERS: dict[str, tuple[str, str]] = {
     "memory.checkpoint_offload": (OURS, ""),
     "memory.mlp_tile": (OURS, ""),
     "memory.embedding_on_cpu": (OURS, ""),
+    "memory.shard": (OURS, ""),
     "output.merge": (OURS, ""),
     "output.report": (OURS, ""),
     "output.samples": (OURS, ""),

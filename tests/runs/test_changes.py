@@ -50,6 +50,7 @@ ALLOWED: dict[str, Any] = {
     "memory.checkpoint_offload": True,
     "memory.mlp_tile": 64,
     "memory.embedding_on_cpu": True,
+    "memory.shard": 2,
     "output.merge": False,
     "output.report": True,
     "output.samples": 2,

@@ -1,6 +1,8 @@
 """The gradient of an optimizer step is the same however its pairs are cut into micro-batches, rows and processes."""
 
+import itertools
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,15 +12,27 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import in_float64, ragged_pairs, tiny_llama, tiny_opt
+from conftest import in_float64, ragged_pairs, tiny_llama, tiny_opt, write_base
 from peft import LoraConfig, get_peft_model
 
-from orpo_lite.data.packing import Batching, epoch_order, micro_batches, nll_tokens, pad_pairs
+from benchmarks.lengths import shipped
+from orpo_lite.base.find import fetch_weights, find_base
+from orpo_lite.data.packing import (
+    Batching,
+    deal,
+    epoch_order,
+    micro_batches,
+    nll_tokens,
+    pad_pairs,
+)
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model import held_out
+from orpo_lite.model.load import load_pair_model
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
+from orpo_lite.model.probe import probe
 from orpo_lite.model.score_head import add_score_head
+from orpo_lite.model.sharding import local_bytes
 from orpo_lite.objectives.objective import Divisors, find_objective
 from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.recipe.reader import load_recipe
@@ -227,6 +241,20 @@ def test_shares_of_processes_cover_the_step_once() -> None:
                 range(7)
             )
             assert all(len(chunk) <= 2 for share in shares for chunk in share)
+            assert len({*map(len, shares)}) == 1
+
+
+@pytest.mark.parametrize(("count", "most"), [(16, 0.01), (8, 0.04), (4, 0.12)])
+def test_processes_get_nearly_equal_numbers_of_tokens(count: int, most: float) -> None:
+    """On real lengths, a process waits for a small share of the tokens of the slowest one."""
+    for lengths, world in itertools.product(("hh-rlhf", "alpaca-prefs"), (2, 8, 64)):
+        sizes = [chosen + rejected - prefix for prefix, chosen, rejected in shipped(lengths)]
+        rng, idle = random.Random(0), []
+        for _ in range(10):
+            step = rng.choices(sizes, k=count * world)
+            sums = [sum(step[i] for i in share) for share in deal(step, range(len(step)), world)]
+            idle.append(1 - sum(step) / world / max(sums))
+        assert sum(idle) / len(idle) <= most, (lengths, world)
 
 
 PROCESS = """
@@ -259,8 +287,35 @@ def gradients_of_processes(folder: str) -> None:
             )
     saved |= {loss: of_objective(loss, processes) for loss in OBJECTIVES}
     saved["evaluation"] = evaluation(model, processes)
+    saved |= of_shared_base(folder, processes)
     if processes.is_main:
         torch.save(saved, f"{folder}/gradients.pt")
+
+
+def of_shared_base(folder: str, processes: Processes) -> dict[str, Any]:
+    """What two processes compute that share a base in 4 bit, and that each hold the whole base."""
+    saved: dict[str, Any] = {}
+    base = fetch_weights(find_base(f"{folder}/base", "main"))
+    for shard in ("off", "2"):
+        settings = recipe(memory__micro_batch_size=2).override(
+            {"model.model_name_or_path": f"{folder}/base", "quantization.load_in_4bit": True,
+             "memory.shard": shard}
+        )  # fmt: skip
+        model = load_pair_model(settings, base, processes.device, processes)
+        probe(model, 40, 200)
+        # Eight pairs; and one, so that the other process has an idle pass.
+        vectors = [
+            gradients(model, ragged_pairs(count), settings, processes)[0] for count in (8, 1)
+        ]
+        saved[f"shard {shard}"] = (vectors, evaluation(model, processes), model.notes)
+        if shard == "2":
+            whole = sum(
+                layer.quant_state.shape.numel() // 2
+                for layer in model.modules()
+                if hasattr(layer, "quant_state")
+            )
+            saved["share of the base"] = local_bytes(model) / whole
+    return saved
 
 
 def of_objective(loss: str, processes: Processes) -> tuple[torch.Tensor, list[float]]:
@@ -290,6 +345,7 @@ def evaluation(model: Any, processes: Processes) -> tuple[dict[str, float], torc
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
     launch = [
@@ -332,6 +388,13 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
         expected, figures = of_objective(loss, Processes(cpu=True))
         assert (saved[loss][0] - expected).norm() / expected.norm() < 1e-12
         assert saved[loss][1] == pytest.approx(figures, rel=1e-12)
+    # Two processes that share a base compute the same bits as two that hold it whole.
+    off, shared = saved["shard off"], saved["shard 2"]
+    assert all(map(torch.equal, off[0], shared[0]))
+    assert off[1][0] == shared[1][0]
+    assert torch.equal(off[1][1], shared[1][1])
+    assert off[2] == shared[2] == []
+    assert saved["share of the base"] == 0.5
     metrics, scores = saved["evaluation"]
     expected_metrics, expected_scores = evaluation(model, Processes(cpu=True))
     assert metrics == pytest.approx(expected_metrics, rel=1e-6)
