@@ -117,7 +117,7 @@ def planted_answers(
         temperature=1.0,
     )
     pairs = dict.fromkeys(("arms", "judge", "validation", "test"), PAIRS)
-    return Compared(result, vectors, rewards, "base", pairs, 60.0)
+    return Compared(result, vectors, rewards, "base", pairs)
 
 
 GOOD_JUDGE, POOR_JUDGE = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65)

@@ -1,6 +1,5 @@
 """E5 and E6: the answers of the arms of one comparison. Win rates by a judge, and diversity."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,8 +22,8 @@ from orpo_lite.comparing.split import part_sizes
 from orpo_lite.comparing.table import Comparison, shown
 from orpo_lite.evaluation.intervals import Interval, Mean, Numbers, resample_sums
 from orpo_lite.evaluation.open_run import find_model, load_model
-from orpo_lite.runs.atomic import to_json, write_text
-from orpo_lite.runs.records import RESULT, read_json
+from orpo_lite.runs.atomic import write_text
+from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, run_to_end
 
 ORPO, DPO = "orpo", "dpo"
@@ -69,8 +68,6 @@ class Compared:
     """The name of the judge's base."""
     pairs: Mapping[str, int]
     """Part of the data, such as arms, judge and test -> its number of pairs."""
-    seconds: float
-    """Time of the whole comparison."""
 
 
 @lru_cache
@@ -95,9 +92,7 @@ def compared(study: Study) -> Compared:
     own = (f"model.model_name_or_path={study.judge.resolve()}", *JUDGE) if study.judge else small
     words += [f"judge:{word}" for word in (*own, "training.load_best_model_at_end=true")]
     words += [f"reward:{word}" for word in (*small, "training.load_best_model_at_end=true")]
-    timed, is_finished = study.folder / "comparison.json", (folder / RESULT).is_file()
-    before = read_json(timed)["seconds"] if timed.is_file() else 0.0
-    began, seen = time.monotonic(), set[str]()
+    seen = set[str]()
 
     def show(update: Update) -> None:
         if update.text.startswith("training") and update.text not in seen:
@@ -114,11 +109,7 @@ def compared(study: Study) -> Compared:
         max_new_tokens=TOKENS,
         out=folder,
     )
-    try:
-        result = run_to_end(updates, show)
-    finally:
-        if not is_finished:
-            write_text(timed, to_json({"seconds": before + time.monotonic() - began}))
+    result = run_to_end(updates, show)
     rewards = {
         arm: np.array(read_json(folder / "rewards" / f"{arm}-seed{seed}.json")["rewards"], float)
         for arm in ARMS
@@ -144,7 +135,6 @@ def compared(study: Study) -> Compared:
         rewards,
         (study.judge or study.models / SHORT.name).name,
         part_sizes(folder / "data"),
-        read_json(timed)["seconds"],
     )
 
 
@@ -219,7 +209,7 @@ def describe_wins(found: Compared) -> str:
         f"{pairs['validation']} pairs are for the evaluations. {trainings} of each arm gives "
         f"{result.rounds} answers of at most {TOKENS} tokens to each of {result.prompts} held-out "
         f"prompts, at temperature {result.temperature:g}; {cut:.0%} of the answers are cut at that "
-        f"length. {accuracy} The whole comparison took {found.seconds / 60:.0f} minutes."
+        f"length. {accuracy}"
     )
 
 
