@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -22,7 +21,7 @@ from orpo_lite.base.blocks import Stored, read_tensor, stored_tensors
 from orpo_lite.base.find import Base
 from orpo_lite.errors import ModelError, Overrides
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.model.parallel import Processes
+from orpo_lite.model.parallel import Processes, empty_weights
 from orpo_lite.model.quantize import (
     empty_linear4bit,
     quantizable,
@@ -104,7 +103,7 @@ def load_outer(
     options: dict[str, Any] = {"dtype": dtype}
     if recipe.model.attn_implementation:
         options["attn_implementation"] = recipe.model.attn_implementation
-    with init_empty_weights(include_buffers=False):
+    with empty_weights():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(base.config), **options)
     model.generation_config = GenerationConfig()
     _refuse_converted(model, base)

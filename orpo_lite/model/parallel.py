@@ -5,10 +5,11 @@ The only other module that uses accelerate is ``training.trackers``.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, init_empty_weights
 from accelerate.utils import (
     DistributedType,
     broadcast_object_list,
@@ -143,6 +144,12 @@ class Processes:
             parameters, total.split([grad.numel() for grad in grads]), strict=True
         ):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+
+def empty_weights() -> AbstractContextManager[None]:
+    """Return a context in which a model is built with buffers, but without memory for weights."""
+    context: AbstractContextManager[None] = init_empty_weights(include_buffers=False)
+    return context
 
 
 def is_lost(error: RuntimeError) -> bool:
