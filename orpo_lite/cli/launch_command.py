@@ -124,7 +124,8 @@ def run_processes(
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             err.print(f"process {rank} was ended by {name}; the other processes are stopped")
-            err.print("fix: orpo-lite launch ... -- train --resume RUN continues the run")
+            again = f"orpo-lite launch --processes {count} -- train --resume RUN"
+            err.print(f"fix: {again}, where RUN is the run's folder")
             return 128 - failure.exitcode
         return int(failure.exitcode)  # the process has said why
     except SignalException as stopped:

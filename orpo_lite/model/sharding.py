@@ -20,8 +20,12 @@ from orpo_lite.model.pair_model import PairModel
 
 def divide_layer(layer: nn.Module, mesh: DeviceMesh) -> None:
     """Divide the frozen matrices of a decoder layer among the processes of a mesh."""
-    whole = {p for p in layer.parameters() if p.requires_grad or p.ndim < 2}
-    fully_shard(layer, mesh=mesh, ignored_params=whole)
+    fully_shard(layer, mesh=mesh, ignored_params={*layer.parameters()} - {*divisible(layer)})
+
+
+def divisible(layer: nn.Module) -> list[nn.Parameter]:
+    """Return the frozen matrices of a decoder layer."""
+    return [p for p in layer.parameters() if not p.requires_grad and p.ndim > 1]
 
 
 def divide_root(model: PairModel, mesh: DeviceMesh) -> None:

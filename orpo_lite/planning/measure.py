@@ -23,6 +23,7 @@ from orpo_lite.model.load import bare_pair_model, choose_dtype
 from orpo_lite.model.memory import NO_MEMORY_SETTINGS, with_memory_settings
 from orpo_lite.model.optimizer import state_bytes
 from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.sharding import divisible
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.ops.devices import META, is_on_host
 from orpo_lite.ops.segments import clear_row_caches
@@ -264,9 +265,7 @@ def divided_bytes(layer: Any, shards: int) -> int:
     FSDP2 divides the rows of each matrix, and pads them to a multiple of ``shards``.
     """
     return sum(
-        -(-len(p) // shards) * (p.untyped_storage().nbytes() // len(p))
-        for p in layer.parameters()
-        if not p.requires_grad and p.ndim > 1
+        -(-len(p) // shards) * (p.untyped_storage().nbytes() // len(p)) for p in divisible(layer)
     )
 
 
