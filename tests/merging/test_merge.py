@@ -31,6 +31,7 @@ from orpo_lite.base.blocks import in_blocks, read_header, read_tensor, stored_te
 from orpo_lite.base.find import fingerprint
 from orpo_lite.errors import CheckpointError, Command, FitError, ModelError, RecipeError
 from orpo_lite.merging.merge import round_to_4_bit
+from orpo_lite.model import quantize
 from orpo_lite.publishing.card_facts import CardOptions
 from orpo_lite.publishing.model_card import make_card
 from orpo_lite.recipe.schema import QuantizationSection, Recipe
@@ -482,7 +483,8 @@ def test_the_dequantised_base_is_the_one_that_was_trained_on(name: str, tmp_path
 def test_rows_that_a_kernel_errs_on_stay_in_16_bit_and_are_merged_so(
     small_recipe: Build, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bitsandbytes 0.50 on a CPU, rows of 96 elements: those of down_proj here."""
+    """Rows of 96 elements, down_proj's here: some kernels of bitsandbytes 0.50 err on them, by the CPU."""
+    monkeypatch.setattr(quantize, "wrong_widths", lambda widths: widths & {96})
     write_base(workspace / "base", tiny_llama(99, intermediate_size=96))
     updates, result = train_all(small_recipe("training.learning_rate=1e-2"))
     assert any(

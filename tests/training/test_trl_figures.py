@@ -1,5 +1,7 @@
 """Stored figures of TRL's trainers: each objective still gives them where TRL has gone.
 
+Both sides compute in float64, so that the rounding of a CPU does not grow over the steps.
+
 ``python tests/training/test_trl_objectives.py`` writes them with the installed TRL.
 """
 
@@ -31,7 +33,7 @@ FILE = Path(__file__).with_name("trl_figures.json")
 
 def our_model(loss: dict[str, Any]) -> PairModel:
     task = "SEQ_CLS" if loss["type"] == "reward" else "CAUSAL_LM"
-    return lora_model(tiny_llama(len(byte_tokenizer())), torch.float32, task=task)
+    return lora_model(tiny_llama(len(byte_tokenizer())), torch.float64, task=task)
 
 
 def our_steps(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama, write_pairs
+from conftest import byte_tokenizer, in_float64, tiny_llama, write_pairs
 from datasets import load_dataset
 from peft import get_peft_model, set_peft_model_state_dict
 from test_trl import BATCH, STEPS, TRAINER, flat_gradients, flat_weights
@@ -120,7 +120,7 @@ def classifier(model: PairModel) -> Any:
     theirs.model.load_state_dict(causal.model.state_dict())
     wrapped: Any = get_peft_model(theirs, copy.deepcopy(model.model.peft_config["default"]))
     set_peft_model_state_dict(wrapped, adapter_tensors(model))
-    return wrapped
+    return in_float64(wrapped)
 
 
 def pair_of(row: dict[str, Any]) -> TokenizedPair:
