@@ -64,7 +64,13 @@ from orpo_lite.training.faults import explain_faults
 from orpo_lite.training.loop import train_steps
 from orpo_lite.training.reference import add_reference
 from orpo_lite.training.result import TrainResult, keep_best, write_adapter_config
-from orpo_lite.training.session import Session, load_session, refuse_fewer_steps, restore_session
+from orpo_lite.training.session import (
+    Session,
+    load_session,
+    refuse_fewer_steps,
+    refuse_other_pairs,
+    restore_session,
+)
 from orpo_lite.training.state import TrainState
 from orpo_lite.training.trackers import Trackers, check_trackers
 from orpo_lite.updates import (
@@ -124,6 +130,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     inputs = yield from prepare_inputs(resolved)
     refuse_classifier(inputs.base)
     refuse_slow_device(processes.device, recipe.model.device, inputs.base.name, inputs.base.config)
+    refuse_other_pairs(resolved, inputs, processes)
     if resume:
         refuse_fewer_steps(resolved, inputs, path)
     licences = find_licences(recipe, inputs) if processes.is_main and not resume else {}

@@ -1,5 +1,6 @@
 """Define a session: the objects of a training in memory. Load, restore and save a session."""
 
+import hashlib
 import math
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,14 @@ from orpo_lite.base.download import check_disk
 from orpo_lite.data.packing import epoch_order, steps_per_epoch
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.data.prepare import step_lengths
-from orpo_lite.errors import CheckpointError, Command, FitError, RecipeError, first_line
+from orpo_lite.errors import (
+    CheckpointError,
+    Command,
+    DataError,
+    FitError,
+    RecipeError,
+    first_line,
+)
 from orpo_lite.model.load import choose_dtype, load_pair_model
 from orpo_lite.model.memory import checkpoint_first_layers
 from orpo_lite.model.optimizer import lr_factor, make_optimizer, whole_steps
@@ -195,6 +203,24 @@ def count_steps(recipe: Recipe, inputs: Inputs) -> int:
         len(inputs.train), settings.global_batch_size
     )
     return settings.max_steps if settings.max_steps > 0 else math.ceil(epochs)
+
+
+def refuse_other_pairs(recipe: Recipe, inputs: Inputs, processes: Processes) -> None:
+    """Raise DataError if the processes of a training have different tokens or held-out pairs.
+
+    Each process reads the data itself, on its own machine. With different pairs, the processes
+    would train on different steps without an error.
+    """
+    digest = hashlib.sha256()
+    for pairs in (inputs.train, inputs.test):
+        digest.update(pairs.sha256.encode() + pairs.rows.tobytes())
+    if not processes.all_equal(int.from_bytes(digest.digest()[:7])):
+        raise DataError(
+            where=f"data {', '.join(recipe.data.names)}",
+            found="the processes have different tokens",
+            expected="the same data, tokenizer and chat template on each machine",
+            fix="copy the data and the model from one machine to the others",
+        )
 
 
 def refuse_fewer_steps(recipe: Recipe, inputs: Inputs, path: Path) -> None:

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import in_float64, ragged_pairs, tiny_llama, tiny_opt, write_base
@@ -26,6 +28,7 @@ from orpo_lite.data.packing import (
     pad_pairs,
 )
 from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.errors import DataError
 from orpo_lite.model import held_out
 from orpo_lite.model.load import load_pair_model
 from orpo_lite.model.pair_model import PairModel
@@ -37,6 +40,7 @@ from orpo_lite.objectives.objective import Divisors, find_objective
 from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
+from orpo_lite.training.session import refuse_other_pairs
 from orpo_lite.training.step import accumulate, seed_dropout
 
 PADDED = Batching(
@@ -288,8 +292,23 @@ def gradients_of_processes(folder: str) -> None:
     saved |= {loss: of_objective(loss, processes) for loss in OBJECTIVES}
     saved["evaluation"] = evaluation(model, processes)
     saved |= of_shared_base(folder, processes)
+    saved["other tokens"] = refusals_of_other_tokens(processes)
     if processes.is_main:
         torch.save(saved, f"{folder}/gradients.pt")
+
+
+def refusals_of_other_tokens(processes: Processes) -> list[str]:
+    """What is said if the processes have the same tokens, other tokens, and other held-out rows."""
+    said = []
+    for digest, rows in (("a", 3), (f"{processes.rank}", 3), ("a", 3 + processes.rank)):
+        pairs: Any = SimpleNamespace(sha256=digest, rows=np.arange(rows))
+        inputs: Any = SimpleNamespace(train=pairs, test=pairs)
+        try:
+            refuse_other_pairs(recipe(), inputs, processes)
+            said.append("")
+        except DataError as error:
+            said.append(error.found)
+    return said
 
 
 def of_shared_base(folder: str, processes: Processes) -> dict[str, Any]:
@@ -395,6 +414,8 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     assert torch.equal(off[1][1], shared[1][1])
     assert off[2] == shared[2] == []
     assert saved["share of the base"] == 0.5
+    different = "the processes have different tokens"
+    assert saved["other tokens"] == ["", different, different]
     metrics, scores = saved["evaluation"]
     expected_metrics, expected_scores = evaluation(model, Processes(cpu=True))
     assert metrics == pytest.approx(expected_metrics, rel=1e-6)
