@@ -118,6 +118,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     if resume:
         recipe, changed = find_changes(path, recipe)
     processes = Processes(cpu=recipe.model.device == "cpu")
+    processes.check(recipe)
     if processes.is_main:
         yield Update("note", describe_device(processes.device))
     recipe = yield from _prepare_recipe(recipe, processes, resume=resume)

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -176,12 +178,11 @@ def kill_figures(folder: Path, *, kills: int, seed: int) -> Iterator[dict[str, A
         for _ in range(kills // 2):
             rmtree(run, ignore_errors=True)
             rank, wait = rng.randrange(2), rng.uniform(0.8 * first, whole)
-            fault, seconds, step = kill(folder, shard, rank, wait)
+            fault, seconds, step, fix = kill(folder, shard, rank, wait)
             slowest = max(slowest, seconds)
             when.append(step)
             if not fault:
-                again = ("--resume", "run") if (run / "lock.json").is_file() else start(shard)
-                finish(folder, 2, *again)
+                finish(folder, 2, *fix)
                 found = adapter(run)
                 if not all(torch.equal(found[name], expected[name]) for name in expected):
                     fault = "another adapter"
@@ -196,17 +197,21 @@ def kill_figures(folder: Path, *, kills: int, seed: int) -> Iterator[dict[str, A
     }
 
 
-def kill(folder: Path, shard: int | str, rank: int, wait: float) -> tuple[str, float, int]:
+def kill(
+    folder: Path, shard: int | str, rank: int, wait: float
+) -> tuple[str, float, int, Sequence[str]]:
     """Start a run, and kill one of its processes after ``wait`` seconds.
 
-    Return what is wrong, or ""; the seconds until all processes had ended; and the last step that
-    was logged. The step is -1 if the run had ended before.
+    Return what is wrong, or ""; the seconds until all processes had ended; the last step that was
+    logged; and the words after ``train`` of the command that the message gives. If the run had
+    ended before, the step is -1.
     """
-    process = launch(folder, 2, *start(shard))
+    again: Sequence[str] = start(shard)
+    process = launch(folder, 2, *again)
     time.sleep(wait)
     chosen = [child for child in _children(process.pid) if child.environ().get("RANK") == str(rank)]
     if not chosen or process.poll() is not None:
-        return ("", 0.0, -1) if process.wait() == 0 else ("the launch failed", 0.0, -1)
+        return "the launch failed" if process.wait() else "", 0.0, -1, ("--resume", "run")
     step = max(losses_so_far(folder / "run"), default=0)
     family = psutil.Process(process.pid).children(recursive=True)
     chosen[0].send_signal(signal.SIGKILL)
@@ -215,13 +220,18 @@ def kill(folder: Path, shard: int | str, rank: int, wait: float) -> tuple[str, f
     psutil.wait_procs(family, timeout=max(0.0, LIMIT - (time.monotonic() - began)))
     seconds = time.monotonic() - began
     text = (folder / "output.txt").read_text("utf-8")
+    command = "fix: orpo-lite launch --processes 2 -- train "
+    said = re.findall(rf"process {rank} was ended by SIGKILL.*\n{re.escape(command)}(.*)\n", text)
+    fault = ""
     if any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family):
-        return "a process did not end", seconds, step
-    if code != 128 + signal.SIGKILL:
-        return f"exit code {code}", seconds, step
-    if text.count("was ended by SIGKILL") != 1 or "Traceback" in text or "lost" in text:
-        return f"not one message: {text[-2000:]}", seconds, step
-    return "", seconds, step
+        fault = "a process did not end"
+    elif code != 128 + signal.SIGKILL:
+        fault = f"exit code {code}"
+    elif len(said) != 1 or text.count("fix: ") > 1 or "Traceback" in text:
+        fault = f"not one message: {text[-2000:]}"
+    else:
+        again = shlex.split(said[0])
+    return fault, seconds, step, again
 
 
 def _children(pid: int) -> list[psutil.Process]:

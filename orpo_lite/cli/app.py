@@ -57,8 +57,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-LAUNCHED = "ORPO_LITE_LAUNCHED"
-"""Environment variable of the processes of `orpo-lite launch`, which reports how they end."""
 BUG = 70  # exit code of a bug: EX_SOFTWARE of sysexits.h
 
 
@@ -76,7 +74,9 @@ def main() -> None:
             _leave(STOPPED)
         raise
     except LostProcessError as error:
-        if is_first_process() and LAUNCHED not in os.environ:
+        from orpo_lite.runs.commands import LAUNCHER
+
+        if is_first_process() and LAUNCHER not in os.environ:
             err.print(str(error))
         sys.exit(error.exit_code)
     except OrpoLiteError as error:

@@ -1,13 +1,18 @@
 """Define the command ``launch``, which starts several processes of ``orpo-lite train``."""
 
 import os
+import shlex
 import signal
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, cast
 
 import typer
+from typer.core import TyperGroup
 
-from orpo_lite.cli.app import DURING, LAUNCHED, app
+from orpo_lite.cli.app import DURING, app, choose_recipe
 from orpo_lite.cli.console import err
 from orpo_lite.errors import Command, RecipeError
 
@@ -21,6 +26,7 @@ SAVE_SECONDS = 3600
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def launch(
+    context: typer.Context,
     words: Annotated[
         list[str] | None,
         typer.Argument(metavar="-- train ...", help="The command, as for one GPU."),
@@ -71,28 +77,96 @@ def launch(
             expected=f"a number from 0 to {machines - 1}",
             fix="--machine-rank 0",
         )
-    raise typer.Exit(
-        run_processes(words, processes, machines, machine_rank, main_address or "", main_port)
+    # The words are read here too, so that a wrong recipe is reported once and at once.
+    command = cast(TyperGroup, typer.main.get_command(app)).commands["train"]
+    parsed = command.make_context("train", [*words[1:]], parent=context.parent)
+    chosen = choose_recipe(
+        parsed.params["recipe"], parsed.params["resume"], parsed.params["overrides"] or []
     )
+    if parsed.params["dry_run"]:
+        command.invoke(parsed)
+        return
+    launched = Launch(
+        _count_processes(processes), machines, machine_rank, main_address or "", main_port
+    )
+    raise typer.Exit(launched.run(words, Path(chosen.training.output_dir)))
 
 
-def run_processes(
-    words: list[str],
-    processes: int | None,
-    machines: int = 1,
-    machine_rank: int = 0,
-    main_address: str = "",
-    main_port: int = 29500,
-) -> int:
-    """Run ``orpo-lite`` with ``words`` in several processes. Return the exit code of the first
-    that failed, or 0."""
+@dataclass(frozen=True)
+class Launch:
+    """The processes of a training on this machine, and its place among the machines."""
+
+    processes: int
+    machines: int
+    machine_rank: int
+    main_address: str
+    main_port: int
+
+    @property
+    def command(self) -> str:
+        """The shell command that launches as many processes, up to the word train."""
+        words = ["orpo-lite", "launch", "--processes", str(self.processes)]
+        if self.machines > 1:
+            words += ["--machines", str(self.machines), "--machine-rank", str(self.machine_rank)]
+            words += ["--main-address", self.main_address, "--main-port", str(self.main_port)]
+        return shlex.join([*words, "--"])
+
+    def run(self, words: Sequence[str], path: Path) -> int:
+        """Run ``orpo-lite`` with ``words`` in each process.
+
+        If a process fails, the others are stopped. A process that is killed is reported, with the
+        command that continues the run in the folder ``path``. Other errors are reported by the
+        process.
+
+        Returns:
+            The exit code of the first process that failed, or 0.
+        """
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        from orpo_lite.runs.commands import LAUNCHER, resume_command
+
+        os.environ.setdefault("OMP_NUM_THREADS", str(_threads(self.processes)))
+        os.environ[LAUNCHER] = self.command
+        one = self.machines == 1
+        config = LaunchConfig(
+            min_nodes=self.machines,
+            max_nodes=self.machines,
+            nproc_per_node=self.processes,
+            run_id="orpo-lite",
+            rdzv_backend="c10d" if one else "static",
+            rdzv_endpoint="localhost:0" if one else f"{self.main_address}:{self.main_port}",
+            rdzv_configs={} if one else {"rank": self.machine_rank, "timeout": 900},
+            max_restarts=0,
+            shutdown_timeout=SAVE_SECONDS,
+        )
+        _hush()
+        try:
+            elastic_launch(config, entrypoint=sys.executable)("-m", "orpo_lite", *words)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode >= 0:
+                return int(failure.exitcode)
+            name = signal.Signals(-failure.exitcode).name
+            err.print(f"process {rank} was ended by {name}; the other processes are stopped")
+            if (path / "lock.json").is_file():
+                again = resume_command(path)
+            else:  # nothing was trained yet
+                again = Command(f"{self.command} {shlex.join(words)}")
+            err.print(f"fix: {again}")
+            return 128 - failure.exitcode
+        except SignalException as stopped:
+            return 128 + int(stopped.sigval)
+        return 0
+
+
+def _count_processes(wanted: int | None) -> int:
+    """Return the number of processes of this machine. Raise RecipeError if it has fewer GPUs."""
     import torch
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     gpus = torch.cuda.device_count()
-    count = processes or max(1, gpus)
+    count = wanted or max(1, gpus)
     if gpus and count > gpus and "ACCELERATE_USE_CPU" not in os.environ:
         raise RecipeError(
             where=f"--processes {count}",
@@ -102,35 +176,11 @@ def run_processes(
         )
     if not gpus:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    os.environ[LAUNCHED] = "1"
-    one_machine = machines == 1
-    config = LaunchConfig(
-        min_nodes=machines,
-        max_nodes=machines,
-        nproc_per_node=count,
-        run_id="orpo-lite",
-        rdzv_backend="c10d" if one_machine else "static",
-        rdzv_endpoint="localhost:0" if one_machine else f"{main_address}:{main_port}",
-        rdzv_configs={} if one_machine else {"rank": machine_rank, "timeout": 900},
-        max_restarts=0,
-        shutdown_timeout=SAVE_SECONDS,
-    )
-    _hush()
-    try:
-        elastic_launch(config, entrypoint=sys.executable)("-m", "orpo_lite", *words)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            err.print(f"process {rank} was ended by {name}; the other processes are stopped")
-            again = f"orpo-lite launch --processes {count} -- train --resume RUN"
-            err.print(f"fix: {again}, where RUN is the run's folder")
-            return 128 - failure.exitcode
-        return int(failure.exitcode)  # the process has said why
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
-    return 0
+    return count
+
+
+def _threads(processes: int) -> int:
+    return max(1, (os.cpu_count() or 1) // processes)
 
 
 def _hush() -> None:

@@ -66,24 +66,32 @@ class Processes:
         self.count: int = self._state.num_processes
         self.is_main: bool = self._state.is_main_process
 
-    def mesh(self, recipe: Recipe) -> DeviceMesh | None:
-        """Return the processes that share a copy of the base with this one; None if none do.
-
-        Raises:
-            RecipeError: ``memory.shard`` does not divide the number of processes.
-        """
+    def check(self, recipe: Recipe) -> None:
+        """Raise RecipeError if ``memory.shard`` does not divide the number of processes."""
         shards = recipe.memory.shards
-        if shards == 1:
-            return None
         if self.count % shards:
             raise RecipeError(
                 where=recipe.sources["memory.shard"],
                 found=f"memory.shard={shards} with {_count(self.count)}",
                 expected="a number that divides the number of processes",
-                fix=Command(f"orpo-lite launch --processes {shards} -- train ...")
+                fix=Overrides(
+                    {"memory.shard": "off"},
+                    text=f"start with `orpo-lite launch --processes {shards}`, or set "
+                    "memory.shard=off",
+                )
                 if self.count == 1
                 else Overrides({"memory.shard": self.count}),
             )
+
+    def mesh(self, recipe: Recipe) -> DeviceMesh | None:
+        """Return the processes that share a copy of the base with this one; None if none do.
+
+        Raises RecipeError as :meth:`check` does.
+        """
+        shards = recipe.memory.shards
+        if shards == 1:
+            return None
+        self.check(recipe)
         # Each row of this grid holds one copy of the base.
         grid = init_device_mesh(
             self.device.type, (self.count // shards, shards), mesh_dim_names=("copies", "shard")

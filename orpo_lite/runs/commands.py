@@ -11,6 +11,9 @@ from typing import Any, Literal
 from orpo_lite.errors import Command
 from orpo_lite.recipe.text import to_text
 
+LAUNCHER = "ORPO_LITE_LAUNCHER"
+"""Environment variable of the processes of `orpo-lite launch`: the command that started them, up to
+the word train. It reports how they end."""
 Weights = Literal["original", "dequantized"]
 """The weights that an adapter is merged into. original: the base's own 16-bit weights.
 dequantized: the 4-bit weights of the training, converted back to 16 bit."""
@@ -23,8 +26,12 @@ def merge_command(path: Path, weights: Weights = "original") -> Command:
 
 
 def resume_command(path: Path, values: Mapping[str, Any] | None = None) -> Command:
-    """Return the command that resumes a run. ``values`` are changes: ``section.key`` -> value."""
-    return Command(" ".join([f"orpo-lite train --resume {quoted(path)}", *_words(values or {})]))
+    """Return the command that resumes a run. ``values`` are changes: ``section.key`` -> value.
+
+    In a process of `orpo-lite launch`, the command launches as many processes again.
+    """
+    start = os.environ.get(LAUNCHER, "orpo-lite")
+    return Command(" ".join([f"{start} train --resume {quoted(path)}", *_words(values or {})]))
 
 
 def new_run_command(path: Path, values: Mapping[str, Any]) -> Command:

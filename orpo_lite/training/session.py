@@ -187,7 +187,7 @@ def _add_ppo(
             where="loss.type",
             found=f"ppo with {processes.count} processes",
             expected="one process",
-            fix="start orpo-lite without accelerate launch",
+            fix="start orpo-lite train without a launcher",
         )
     reference = reference_folder(recipe)
     reward = find_adapter(str(recipe.loss.reward_adapter_name_or_path))
