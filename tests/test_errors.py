@@ -20,8 +20,8 @@ from orpo_lite.errors import (
     raise_all,
     reworded,
 )
+from orpo_lite.planning.fit import does_not_fit
 from orpo_lite.planning.plan import plan
-from orpo_lite.planning.search import does_not_fit
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import to_text
 from orpo_lite.runs.inputs import prepare_inputs

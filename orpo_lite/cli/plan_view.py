@@ -6,6 +6,7 @@ from orpo_lite.cli.console import out, print_columns
 
 if TYPE_CHECKING:
     from orpo_lite.planning.plan import PlanReport
+    from orpo_lite.planning.processes import ProcessPlan
     from orpo_lite.planning.search import MemoryPlan
     from orpo_lite.recipe.schema import MemorySection, Recipe
 
@@ -63,8 +64,11 @@ def _print_checkpointing(memory: "MemorySection") -> None:
 BAR = 40  # characters
 
 
-def print_plan(report: "PlanReport") -> None:
-    """Print a plan: the verdict, the memory of each part, the memory settings, and other GPUs."""
+def print_plan(report: "PlanReport", recipe: str) -> None:
+    """Print a plan: the verdict, the memory of each part, the memory settings, and other GPUs.
+
+    ``recipe``: the words after ``--recipe`` of a command that trains it.
+    """
     from orpo_lite.recipe.text import gib, to_text
 
     plan, step = report.plan, report.plan.measured
@@ -91,6 +95,8 @@ def print_plan(report: "PlanReport") -> None:
     disk = ", ".join(f"{name} {gib(size)}" for name, size in report.disk.items())
     out.print(f"host memory: {gib(step.host)}; disk: {disk}\n")
     _print_gpus(report)
+    if report.processes:
+        _print_processes(report.processes, recipe)
 
 
 def _budget_source(report: "PlanReport") -> str:
@@ -151,3 +157,38 @@ def _print_gpus(report: "PlanReport") -> None:
 
 def _pairs(count: int) -> str:
     return "1 pair" if count == 1 else f"{count} pairs"
+
+
+def _print_processes(forms: "list[ProcessPlan]", recipe: str) -> None:
+    """Print the plans for several GPUs, the formulas of their figures, and which one to use."""
+    from orpo_lite.recipe.text import gib
+
+    first = forms[0]
+    gpu = first.memory.gpu.name if first.memory.gpu else "device"
+    out.print(f"\n{first.processes} processes, each on one {gpu}: counted, not measured")
+    names = ["whole base", *(f"shared by {form.shards}" for form in forms[1:])]
+    parts = [{**form.memory.parts, **form.memory.allowances} for form in forms]
+    rows: list[tuple[str, ...]] = [("memory of a GPU", *names)]
+    rows += [
+        (part, *(gib(sizes.get(part, 0)) for sizes in parts))
+        for part in {name: None for sizes in parts for name in sizes}
+        if any(sizes.get(part, 0) >= 2**20 for sizes in parts)
+    ]
+    memory = [form.memory for form in forms]
+    rows.append(("needed", *(gib(plan.needed) for plan in memory)))
+    rows.append(("fits", *("yes" if plan.fits else "no" for plan in memory)))
+    rows.append(("seconds of a step", *(f"{form.seconds:.3g}" for form in forms)))
+    print_columns(rows)
+    for name, form in zip(names, forms, strict=True):
+        out.print(f"\n{name}:")
+        for line in form.formulas():
+            out.print(f"  {line}")
+    fitting = [form for form in forms if form.memory.fits]
+    if not fitting:
+        out.print(f"\nneither fits on {first.processes} GPUs")
+        return
+    best = min(fitting, key=lambda form: form.seconds)
+    why = "fits and is faster" if len(fitting) == len(forms) > 1 else "fits"
+    setting = f"memory.shard={best.shards if best.shards > 1 else 'off'}"
+    launch = f"orpo-lite launch --processes {first.processes} -- train"
+    out.print(f"\n{setting} {why}: {launch} --recipe {recipe} {setting}")

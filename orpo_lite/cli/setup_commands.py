@@ -49,20 +49,27 @@ def plan(
             "data.max_length tokens.",
         ),
     ] = False,
+    processes: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Plan for N GPUs of one machine too, a process on each."
+        ),
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Show whether a recipe fits a GPU, how fast it is and what to change. Reads no weights."""
     chosen = choose_recipe(recipe, None, overrides or [], command="plan")
     with quiet(computes=False, reads_data=with_data):
+        from orpo_lite.planning.fit import does_not_fit
         from orpo_lite.planning.plan import plan_events
-        from orpo_lite.planning.search import does_not_fit
 
-        report = draw(plan_events(chosen, with_data=with_data), silent=as_json)
+        events = plan_events(chosen, with_data=with_data, processes=processes)
+        report = draw(events, silent=as_json)
     if as_json:
         print_json(report.to_json())
     else:
-        print_plan(report)
-    if report.is_verdict and not report.plan.fits:
+        print_plan(report, shlex.join([recipe or "NAME", *(overrides or [])]))
+    if report.is_verdict and not report.fits:
         raise does_not_fit(report.plan, report.changes)
 
 

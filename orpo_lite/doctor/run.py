@@ -66,8 +66,8 @@ def check_recipe(recipe: Recipe, *, is_online: bool) -> Iterator[Check]:
     """
     from huggingface_hub import constants
 
+    from orpo_lite.planning.fit import does_not_fit
     from orpo_lite.planning.plan import plan
-    from orpo_lite.planning.search import does_not_fit
     from orpo_lite.recipe.text import gib
 
     can_download = is_online and not constants.is_offline_mode()

@@ -1,5 +1,6 @@
 """Plan the memory settings of a training for the GPU that runs the training."""
 
+import os
 from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ from orpo_lite.data.prepare import step_lengths
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS
 from orpo_lite.model.parallel import Processes
 from orpo_lite.ops.devices import device_kind
+from orpo_lite.planning.fit import fit, no_plan
 from orpo_lite.planning.gpus import local_gpu, memory_budget
-from orpo_lite.planning.search import fit, no_plan
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import gib
 from orpo_lite.runs.inputs import Inputs
@@ -30,6 +31,10 @@ def choose_memory(
     - The model cannot be measured -> the recipe is returned unchanged.
     - The run has a plan that still fits, and no key of the section ``memory`` has changed -> the
       settings of this plan are used. Other settings would change the last bits of the results.
+      A base that is shared by a number of processes that does not divide the processes of this
+      training needs a new plan.
+
+    If ``memory.shard`` is auto and the base does not fit whole, processes of one machine share it.
 
     Args:
         recipe: the recipe of the run.
@@ -56,6 +61,8 @@ def choose_memory(
     before = read_json(path / PLAN) if (path / PLAN).is_file() else {}
     is_changed = any(key.startswith("memory.") for key in changed)
     still_fits = bool(before) and before["needed_bytes"] <= budget
+    if before and recipe.memory.shard == "auto":
+        still_fits = still_fits and processes.count % before["levers"].get("shard", 1) == 0
     if still_fits and not is_changed:
         return recipe.with_memory(before["levers"]), {}
     if before:
@@ -68,7 +75,15 @@ def choose_memory(
     yield Update("stage", "planning the memory of a step")
     lengths = step_lengths(recipe, inputs.train)
     try:
-        found = fit(recipe, inputs.base.config, lengths, device_kind(device), budget, gpu)
+        found = fit(
+            recipe,
+            inputs.base.config,
+            lengths,
+            device_kind(device),
+            budget,
+            gpu,
+            possible_shares(recipe, processes.count),
+        )
     except MODEL_CODE_ERRORS as error:
         reason = no_plan(inputs.base.name, error).found
         yield Update("note", f"{reason}, so the recipe's memory settings are used unchanged")
@@ -76,3 +91,15 @@ def choose_memory(
     for sentence in found.sentences(local.others if local else 0):
         yield Update("note", sentence)
     return recipe.with_memory(found.settings), found.to_json()
+
+
+def possible_shares(recipe: Recipe, processes: int) -> list[int]:
+    """Return the numbers of processes that may share the base: the smallest first.
+
+    Only processes of one machine share it, because each layer is sent in each pass. There is none
+    unless ``memory.shard`` is auto.
+    """
+    if recipe.memory.shard != "auto" or recipe.loss.type == "ppo" or processes == 1:
+        return []
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return [n for n in range(2, here + 1) if here % n == 0 and processes % n == 0]

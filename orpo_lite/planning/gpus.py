@@ -47,6 +47,21 @@ GPUS = (  # rows of the plan's table; memory as torch reports it
     Gpu("A100, 80 GB", int(79.1 * GIB), *SPEEDS["A100"], (8, 0)),
 )
 
+# A part of the GPU's name -> (link between two GPUs, its bytes per second in one direction).
+# NVLink: half of the bandwidth of NVIDIA's data sheets, which count both directions. PCIe: the rate
+# of the PCI-SIG times 16 or 8 lanes, with 128b/130b encoding.
+LINKS = {
+    "H200": ("NVLink 4", 450e9), "H100": ("NVLink 4", 450e9), "A100": ("NVLink 3", 300e9),
+    "RTX 5090": ("PCIe 5.0 x16", 63e9), "RTX 4060": ("PCIe 4.0 x8", 15.75e9),
+    "T4": ("PCIe 3.0 x16", 15.75e9),
+}  # fmt: skip
+COMMON_LINK = ("PCIe 4.0 x16", 31.5e9)
+
+
+def find_link(gpu: Gpu) -> tuple[str, float]:
+    """Return (name, bytes per second in one direction) of the link between two of these GPUs."""
+    return next((link for part, link in LINKS.items() if part in gpu.name), COMMON_LINK)
+
 
 MIB = 2**20
 # Allowances for memory that the measured step does not show. None was fitted to a model.

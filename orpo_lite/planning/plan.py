@@ -1,7 +1,7 @@
 """Plan a recipe without weights or a GPU: report whether it fits, its speed, and what to change."""
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from orpo_lite.errors import ModelError
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.ops.devices import device_kind
+from orpo_lite.planning.fit import no_plan
 from orpo_lite.planning.gpus import GPUS, Gpu, LocalGpu, local_gpu, memory_budget
 from orpo_lite.planning.on_meta import worst_case
-from orpo_lite.planning.search import Change, GpuRow, MemoryPlan, Planner, no_plan
+from orpo_lite.planning.processes import ProcessPlan, plan_processes
+from orpo_lite.planning.search import Change, GpuRow, MemoryPlan, Planner
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import gib
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS
@@ -50,6 +52,15 @@ class PlanReport:
     assumed GPU. Then False is final, because no known GPU fits, but True is not."""
     notes: list[str]
     """Notes for the user, one line each."""
+    processes: list[ProcessPlan] = field(default_factory=list)
+    """Plans for several GPUs: with the whole base on each, and with a shared base."""
+
+    @property
+    def fits(self) -> bool:
+        """True if the training fits on one GPU, or on several if these are planned for."""
+        return any(form.memory.fits for form in self.processes) or (
+            not self.processes and self.plan.fits
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as a dict for JSON. Sizes are in bytes, and times in seconds."""
@@ -76,10 +87,11 @@ class PlanReport:
                 {"keys": dict(c.keys), "needed_bytes": c.needed, "fits": c.fits}
                 for c in self.changes
             ],
+            **({"processes": [p.to_json() for p in self.processes]} if self.processes else {}),
         }
 
 
-def plan(recipe: Recipe, *, with_data: bool = False) -> PlanReport:
+def plan(recipe: Recipe, *, with_data: bool = False, processes: int = 1) -> PlanReport:
     """Plan a recipe for this machine's GPU, within ``memory.budget`` if this key is set.
 
     Without a GPU, plan for ``memory.budget``. If ``memory.budget`` is also not set,
@@ -91,15 +103,19 @@ def plan(recipe: Recipe, *, with_data: bool = False) -> PlanReport:
             of a shipped recipe, reading the configuration needs no network.
         with_data: if True, tokenize the data and plan for its longest pairs. If False, plan for
             pairs of two sequences of ``data.max_length`` tokens with no common prefix.
+        processes: the number of GPUs. With more than one, the report has plans for them too.
 
     Raises:
         OrpoLiteError: the base or the data cannot be read.
     """
-    return run_to_end(plan_events(recipe, with_data=with_data), lambda _: None)
+    events = plan_events(recipe, with_data=with_data, processes=processes)
+    return run_to_end(events, lambda _: None)
 
 
 @with_torch_defaults
-def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update, None, PlanReport]:
+def plan_events(
+    recipe: Recipe, *, with_data: bool = False, processes: int = 1
+) -> Generator[Update, None, PlanReport]:
     """Yield the progress of :func:`plan`; finally return its result."""
     asked_name, missing = recipe.model.model_name_or_path, missing_adapters(recipe)
     if INITIAL not in missing:
@@ -130,7 +146,9 @@ def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update,
     yield Update("stage", "measuring steps of models with few layers")
     try:
         planner = Planner(recipe, config, triples, kind)
-        report = yield from _report(recipe, asked_name, planner, local, budget, with_data)
+        report = yield from _report(
+            recipe, asked_name, planner, local, budget, with_data, processes
+        )
     except MODEL_CODE_ERRORS as error:
         raise no_plan(asked_name, error) from error
     return replace(report, notes=[*report.notes, *_notes_on_adapters(missing)])
@@ -143,6 +161,7 @@ def _report(
     local: LocalGpu | None,
     wanted: int | None,
     from_data: bool,
+    processes: int,
 ) -> Generator[Update, None, PlanReport]:
     if local:
         gpu = local.gpu
@@ -170,6 +189,11 @@ def _report(
         others = Planner(recipe, planner.config, planner.triples, "ampere")
     rows = [planner.row(first), *(others.row(other) for other in GPUS if other != first)]
     # If no known GPU fits, the user's GPU does not fit either.
+    several = []
+    if processes > 1:
+        yield Update("stage", f"planning for {processes} processes")
+        whole = found if recipe.memory.shards == 1 else planner.sharing(1).plan(budget, gpu)
+        several = plan_processes(planner, whole, gpu, budget, processes)
     is_verdict = wanted is not None or not found.fits
     changes = planner.changes(budget, gpu) if is_verdict and not found.fits else []
     return PlanReport(
@@ -182,6 +206,7 @@ def _report(
         disk=_disk(found, recipe, is_local=Path(recipe.model.model_name_or_path).is_dir()),
         is_verdict=is_verdict,
         notes=[*found.measured.notes, *_notes_on_length(planner), *_notes_on_loss(recipe)],
+        processes=several,
     )
 
 

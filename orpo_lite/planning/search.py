@@ -6,22 +6,22 @@ one measured layer. The chosen settings are then measured once with all layers.
 """
 
 import itertools
-import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
-from orpo_lite.errors import FitError, ModelError, Overrides
 from orpo_lite.model.load import choose_dtype
 from orpo_lite.planning.extrapolate import LayerExtrapolation, seconds
 from orpo_lite.planning.gpus import GPUS, Gpu, allowances
 from orpo_lite.planning.measure import (
     MetaModels,
     StepMemory,
+    divided_bytes,
     loading_bytes,
     measure,
     resident_bytes,
@@ -31,8 +31,6 @@ from orpo_lite.planning.on_meta import Triples
 from orpo_lite.planning.route import PlannedRoute, find_route
 from orpo_lite.recipe.schema import PLANNED_SETTINGS, Recipe
 from orpo_lite.recipe.text import gib, to_text
-
-logger = logging.getLogger(__name__)
 
 TILE, SMALL_CHUNK = 512, 128  # tokens per MLP tile, rows of logits per chunk
 SHORTEST = 128  # tokens; after a data.max_length below this, no shorter one is tried
@@ -172,6 +170,17 @@ class Planner:
         self._models = MetaModels()
         self._extrapolations: dict[tuple[Any, ...], LayerExtrapolation] = {}
 
+    def sharing(self, shards: int) -> "Planner":
+        """Return a planner for processes of which ``shards`` share one copy of the base.
+
+        It uses what this planner has measured: a step's own tensors are the same.
+        """
+        recipe = self.recipe.with_memory({"shard": shards if shards > 1 else "off"})
+        other = Planner(recipe, self.config, self.triples, self.kind)
+        other.planned = self.planned
+        other._models, other._extrapolations = self._models, self._extrapolations
+        return other
+
     @cached_property
     def planned(self) -> PlannedRoute:
         """The predicted route of pairs through the model."""
@@ -184,12 +193,21 @@ class Planner:
         The second number is 0 for a tied embedding, because it cannot move to host memory.
         """
         on_device = self.recipe.with_memory({"embedding_on_cpu": False})
-        dtype = choose_dtype(on_device.model.dtype, self.kind)
-        model = self._models.get(on_device, self.config, dtype)
+        model = self._models.get(on_device, self.config, self._dtype)
         resident, _ = resident_bytes(model, on_device)
         tied = self.config.get_text_config().tie_word_embeddings
         embedding = 0 if tied else storage_bytes(model.causal.get_input_embeddings().weight)
         return sum(resident.values()), embedding, loading_bytes(model, resident)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return choose_dtype(self.recipe.model.dtype, self.kind)
+
+    @cached_property
+    def divided(self) -> int:
+        """Bytes of the matrices of all layers, which processes that share the base divide."""
+        model = self._models.get(self.recipe, self.config, self._dtype)
+        return sum(divided_bytes(layer, 1) for layer in model.layers)
 
     def choices(self) -> list[dict[str, Any]]:
         """Return the combinations of memory settings to try, without ``activation_checkpointing``.
@@ -447,53 +465,3 @@ class Planner:
 def _step_key(choice: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the values of a choice, except for ``embedding_on_cpu``, as a dictionary key."""
     return tuple(value for name, value in sorted(choice.items()) if name != "embedding_on_cpu")
-
-
-def no_plan(name: str, error: Exception) -> ModelError:
-    """Return the error for a model whose memory cannot be measured with meta tensors."""
-    logger.warning("the step could not be measured", exc_info=error)
-    return ModelError(
-        where=f"model {name}",
-        found=f"a training step cannot be measured without weights ({type(error).__name__})",
-        fix="set the memory.* keys in the recipe; the training uses their values unchanged",
-    )
-
-
-def fit(
-    recipe: Recipe, config: Any, triples: Triples, kind: str, budget: int, gpu: Gpu | None
-) -> MemoryPlan:
-    """Return the fastest plan within ``budget`` bytes.
-
-    Raises:
-        FitError: no plan fits. The fix lists the recipe changes that are enough, if there are any.
-    """
-    planner = Planner(recipe, config, triples, kind)
-    plan = planner.plan(budget, gpu)
-    if not plan.fits:
-        raise does_not_fit(plan, planner.changes(budget, gpu))
-    return plan
-
-
-def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
-    """Return the error for a plan over budget. The fix lists each change that alone is enough."""
-    found = f"at least {gib(plan.needed)} are needed, and the budget is {gib(plan.budget or 0)}"
-    lines = []
-    for change in changes:
-        keys = " ".join(f"{key}={to_text(value)}" for key, value in change.keys.items())
-        verdict = "fits" if change.fits else "still too much"
-        lines.append(
-            f"{keys}: {gib(change.needed)} ({gib(plan.needed - change.needed)} less), {verdict}"
-        )
-    useful = [line for line, change in zip(lines, changes, strict=True) if change.fits]
-    if useful:
-        first = "set one of these; keys other than memory.* change the trained model:"
-    else:
-        useful = lines[-1:]
-        first = "use another base, or a GPU with more memory; no single change is enough"
-    text = "\n    ".join([first, *useful])
-    fitting = [change.keys for change in changes if change.fits]
-    return FitError(
-        where="memory.budget",
-        found=found,
-        fix=Overrides(fitting[0], text=text) if fitting else text,
-    )

@@ -266,9 +266,10 @@ class MemorySection(Section):
     """Keep the input embedding in host memory. This is not possible if the embedding is tied to the
     output head. auto: the plan chooses. Without a plan: false."""
 
-    shard: Literal["off"] | Annotated[int, Field(ge=2)] = "off"
+    shard: Literal["auto", "off"] | Annotated[int, Field(ge=2)] = "auto"
     """Number of processes that share one copy of the base: each holds a part of every layer. off:
-    each process holds the whole base. Needs `orpo-lite launch` or `accelerate launch`."""
+    each process holds the whole base. auto: off if the whole base fits each GPU; otherwise as few
+    processes of one machine as fit. Needs `orpo-lite launch` or `accelerate launch`."""
 
     def unplanned(self) -> "MemorySection":
         """Return a copy for a training without a plan.
@@ -284,7 +285,10 @@ class MemorySection(Section):
 
     @property
     def shards(self) -> int:
-        """Return the number of processes that share one copy of the base; 1 if none do."""
+        """Return the number of processes that share one copy of the base; 1 if none do.
+
+        It is also 1 for the value auto, which a plan replaces.
+        """
         return self.shard if isinstance(self.shard, int) else 1
 
     def checkpointed(self, layers: int) -> int:

@@ -44,12 +44,13 @@ from orpo_lite.ops.attention import choose_backend
 from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning import gpus
 from orpo_lite.planning.extrapolate import LayerExtrapolation
+from orpo_lite.planning.fit import fit
 from orpo_lite.planning.gpus import GPUS, Holder, allowances, local_gpu
 from orpo_lite.planning.measure import heaviest_pairs, measure
 from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
 from orpo_lite.planning.plan import plan_events
 from orpo_lite.planning.route import find_route, with_layers
-from orpo_lite.planning.search import Planner, fit
+from orpo_lite.planning.search import Planner
 from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
 from orpo_lite.recipe.schema import PLANNED_SETTINGS, Recipe
 from orpo_lite.recipe.text import read_bytes

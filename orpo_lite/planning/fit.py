@@ -1,0 +1,79 @@
+"""Fit a training into a budget, or say which changes of the recipe would fit."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from orpo_lite.errors import FitError, ModelError, Overrides
+from orpo_lite.planning.gpus import Gpu
+from orpo_lite.planning.on_meta import Triples
+from orpo_lite.planning.search import Change, MemoryPlan, Planner
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.recipe.text import gib, to_text
+
+logger = logging.getLogger(__name__)
+
+
+def no_plan(name: str, error: Exception) -> ModelError:
+    """Return the error for a model whose memory cannot be measured with meta tensors."""
+    logger.warning("the step could not be measured", exc_info=error)
+    return ModelError(
+        where=f"model {name}",
+        found=f"a training step cannot be measured without weights ({type(error).__name__})",
+        fix="set the memory.* keys in the recipe; the training uses their values unchanged",
+    )
+
+
+def fit(
+    recipe: Recipe,
+    config: Any,
+    triples: Triples,
+    kind: str,
+    budget: int,
+    gpu: Gpu | None,
+    shares: Sequence[int] = (),
+) -> MemoryPlan:
+    """Return the fastest plan within ``budget`` bytes.
+
+    ``shares``: numbers of processes that may share the base if it does not fit whole. The first one
+    that fits is a setting of the plan: ``shard``.
+
+    Raises:
+        FitError: no plan fits. The fix lists the recipe changes that are enough, if there are any.
+    """
+    planner = Planner(recipe, config, triples, kind)
+    plan = planner.plan(budget, gpu)
+    for shards in shares:
+        if plan.fits:
+            break
+        plan = planner.sharing(shards).plan(budget, gpu)
+        plan = replace(plan, settings={**plan.settings, "shard": shards})
+    if not plan.fits:
+        raise does_not_fit(plan, planner.changes(budget, gpu))
+    return plan
+
+
+def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
+    """Return the error for a plan over budget. The fix lists each change that alone is enough."""
+    found = f"at least {gib(plan.needed)} are needed, and the budget is {gib(plan.budget or 0)}"
+    lines = []
+    for change in changes:
+        keys = " ".join(f"{key}={to_text(value)}" for key, value in change.keys.items())
+        verdict = "fits" if change.fits else "still too much"
+        lines.append(
+            f"{keys}: {gib(change.needed)} ({gib(plan.needed - change.needed)} less), {verdict}"
+        )
+    useful = [line for line, change in zip(lines, changes, strict=True) if change.fits]
+    if useful:
+        first = "set one of these; keys other than memory.* change the trained model:"
+    else:
+        useful = lines[-1:]
+        first = "use another base, or a GPU with more memory; no single change is enough"
+    text = "\n    ".join([first, *useful])
+    fitting = [change.keys for change in changes if change.fits]
+    return FitError(
+        where="memory.budget",
+        found=found,
+        fix=Overrides(fitting[0], text=text) if fitting else text,
+    )
