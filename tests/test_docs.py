@@ -34,7 +34,13 @@ import orpo_lite
 pytestmark = pytest.mark.usefixtures("counted_once")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
-SLOW = "docs/extending.md"  # each of its examples runs in a copy of the package
+SLOW = {  # they train several times; the first runs each example in a copy of the package
+    "docs/extending.md",
+    "docs/training.md",
+    "docs/troubleshooting.md",
+    "docs/generate-and-chat.md",
+    "docs/after-training.md",
+}
 SHOWN_ONLY = ("text", "yaml", "{toctree}")
 DEMO = "train --recipe demo"
 FENCE = re.compile(r"^( *)```(\S*) *(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
@@ -209,7 +215,7 @@ def loose(line: str) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.long) if name == SLOW else name for name in NAMES],
+    [pytest.param(name, marks=pytest.mark.long) if name in SLOW else name for name in NAMES],
 )
 def test_a_page_runs_from_top_to_bottom(
     name: str,
@@ -306,6 +312,7 @@ def test_the_notebook_is_one_and_its_code_compiles() -> None:
         compile(text, "gpu.ipynb", "exec")
 
 
+@pytest.mark.long
 def test_the_notebooks_training_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_run: DemoRun
 ) -> None:
@@ -321,6 +328,7 @@ def test_the_notebooks_training_runs(
     assert Path("runs/notebook/merged/config.json").is_file()
 
 
+@pytest.mark.long
 def test_every_help_has_an_example_that_runs(
     call: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_run: DemoRun
 ) -> None:

@@ -118,6 +118,7 @@ FIGURES: dict[str, set[str]] = {
 
 
 @pytest.mark.parametrize("only", first_and_long(["card", ""]))
+@pytest.mark.long
 def test_it_runs_on_the_simulated_device(only: str, tmp_path: Path) -> None:
     if said := find_obstacle(rehearse=True):
         pytest.skip(said)

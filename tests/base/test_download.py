@@ -374,6 +374,7 @@ def test_a_slow_hub_is_waited_for_as_long_as_was_asked(hub: Hub, tmp_path: Path)
     assert "; if it is slow, HF_HUB_ETAG_TIMEOUT=60 waits longer" in refused.stderr
 
 
+@pytest.mark.long
 def test_a_run_on_a_hub_base_and_its_merge_without_the_hub(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

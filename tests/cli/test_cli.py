@@ -693,6 +693,7 @@ def test_weights_are_loaded_only_after_the_checks(
     assert "weights were loaded" in said
 
 
+@pytest.mark.long
 def test_a_hub_that_is_not_there_is_said_once(tmp_path: Path) -> None:
     script = "import sys, time; time.sleep = lambda _: None; from orpo_lite.cli import main; main()"
     offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}

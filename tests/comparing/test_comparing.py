@@ -154,6 +154,7 @@ def test_dpo_starts_from_the_adapter_of_sft_and_costs_a_reference_pass(
     assert sequences == sum(trained * pairs for trained, _, pairs in of_arms) + of_judge
 
 
+@pytest.mark.long
 def test_a_comparison_that_is_stopped_three_times_ends_with_the_same_table(
     compared: tuple[Path, list[Update], int], tmp_path: Path
 ) -> None:

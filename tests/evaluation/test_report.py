@@ -388,6 +388,7 @@ def test_the_keyboard_reaches_and_opens_each_part(browser: Any, page: Path) -> N
         assert tab.page.locator("details[open]").count() == parts > 10
 
 
+@pytest.mark.long
 def test_live_follows_the_run_and_ends_calmly(
     browser: Any, trained: Any, workspace: Path, call: Callable[..., Answer]
 ) -> None:

@@ -94,6 +94,7 @@ def test_a_training_with_samples_is_the_one_without_them(small_recipe: Build) ->
     assert adapters[0] == adapters[1]
 
 
+@pytest.mark.long
 def test_none_and_many(small_recipe: Build) -> None:
     _, result = train_all(small_recipe("output.samples=0", "training.max_steps=1"))
     assert result.samples == ()
@@ -138,6 +139,7 @@ def test_without_template_and_without_held_out_pairs(small_recipe: Build) -> Non
     ]
 
 
+@pytest.mark.long
 def test_an_answer_ends_where_the_model_has_no_positions_left(small_recipe: Build) -> None:
     """OPT has learned 256; looking for more of them is an error."""
     recipe = small_recipe(

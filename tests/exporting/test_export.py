@@ -787,6 +787,7 @@ def test_each_type_rounds_as_it_says(tmp_path: Path) -> None:
     assert only_file(export(run, "gguf").folder).name == "run-bf16.gguf"  # as stored
 
 
+@pytest.mark.long
 def test_shards_are_read_and_no_more_than_a_block_is_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -728,6 +728,7 @@ def said_where_it_does_not_fit(code: str, path: Path) -> str:
     return done.stderr
 
 
+@pytest.mark.long
 def test_a_limit_on_files_is_not_a_full_disk(tmp_path: Path) -> None:
     path = make_run(tmp_path, tiny_llama(98))
     code = (
@@ -880,6 +881,7 @@ def test_killed_at_any_time_there_is_a_whole_model_or_none(tmp_path: Path) -> No
         assert not (path / ".merged.tmp").exists()
 
 
+@pytest.mark.long
 def test_too_little_memory_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     path = make_run(tmp_path, tiny_llama(98))
     code = (
@@ -899,6 +901,7 @@ def test_too_little_memory_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     assert "memory ran out" in said_where_it_does_not_fit(code, path)
 
 
+@pytest.mark.long
 def test_a_model_much_larger_than_a_block_needs_no_memory_of_its_size(tmp_path: Path) -> None:
     """300 MB of weights under a limit of 160 MB more than the process has; benchmarks/merge.py measures 3 GB."""
     config = hf.LlamaConfig(
@@ -990,6 +993,7 @@ def test_a_run_of_another_device_is_compared_on_its_own_4_bit_base(trained: Trai
     assert verdict.difference < 0.1 * verdict.effect
 
 
+@pytest.mark.long
 def test_an_adapter_that_changes_less_than_rounding_is_no_failure(
     small_recipe: Build, call: Call
 ) -> None:
@@ -1044,6 +1048,7 @@ def test_a_merged_model_that_is_another_fails(
     assert verdict.difference > verdict.bound
 
 
+@pytest.mark.long
 def test_a_model_around_the_one_that_is_trained_is_merged_and_served_whole(
     small_recipe: Build, workspace: Path
 ) -> None:

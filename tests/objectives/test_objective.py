@@ -87,6 +87,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.long
 def test_a_new_objective_touches_its_own_file_and_the_schema(
     small_recipe: Callable[..., Recipe], workspace: Path
 ) -> None:

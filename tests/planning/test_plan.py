@@ -732,6 +732,7 @@ def test_a_run_that_goes_on_keeps_its_plan_and_its_bits(
     assert same_bits(adapter(whole.run), adapter(resumed.run))
 
 
+@pytest.mark.long
 def test_a_plan_that_fits_no_more_is_made_anew_and_said(
     small_recipe: Callable[..., Recipe],
 ) -> None:
@@ -866,6 +867,7 @@ def test_a_shortage_is_survived_with_the_same_gradients(
         assert other == pytest.approx(row, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.long
 def test_a_shortage_is_remembered_by_a_run_that_goes_on(
     small_recipe: Callable[..., Recipe], scarce: Callable[[int], list[int]]
 ) -> None:

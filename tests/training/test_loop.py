@@ -259,6 +259,7 @@ def test_the_best_checkpoint_is_kept_and_an_idle_run_stops(small_recipe: Build) 
     assert len(list((result.run / "checkpoints").iterdir())) <= KEPT_CHECKPOINTS + 1
 
 
+@pytest.mark.long
 def test_a_run_that_only_gets_worse_ends_where_it_began(small_recipe: Build) -> None:
     """A trained adapter, gone on with at a rate that spoils it."""
     train(
@@ -337,6 +338,7 @@ def test_a_broken_lock_is_a_fault_of_the_folder(trained: Trained, small_recipe: 
             go_on()
 
 
+@pytest.mark.long
 def test_an_adapter_to_train_on_from_sets_its_shape(small_recipe: Build) -> None:
     train(small_recipe("lora.r=4"))
     onward = ("model.adapter_name_or_path=run/adapter", "training.output_dir=second")
@@ -423,6 +425,7 @@ def test_a_merge_before_the_end_is_refused_with_the_command(trained: Trained) ->
         ),
     ],
 )
+@pytest.mark.long
 def test_a_warm_up_that_leaves_no_step_is_said(
     small_recipe: Build, overrides: list[str], said: str
 ) -> None:
@@ -440,6 +443,7 @@ def test_a_warm_up_that_leaves_no_step_is_said(
     assert warnings(key, "training.output_dir=other") == []
 
 
+@pytest.mark.long
 def test_an_adapter_of_another_base_is_said(trained: Trained, small_recipe: Build) -> None:
     """Also where it still fits; the same base in a folder of another name is no other."""
 

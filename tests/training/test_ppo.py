@@ -142,6 +142,7 @@ def test_the_reward_of_64_answers_rises(
     assert rise > 2 * error / 8
 
 
+@pytest.mark.long
 def test_ppo_after_sft_has_the_start_as_its_reference(
     small_recipe: Build,
     reward: TrainResult,

@@ -98,6 +98,7 @@ def test_a_reference_is_computed_once_and_a_stopped_pass_goes_on(
     assert sum(scored) == 49
 
 
+@pytest.mark.long
 def test_the_reference_is_the_start_of_the_training_or_a_named_adapter(
     small_recipe: Build, scored: list[int], call: Callable[..., Answer]
 ) -> None:
@@ -177,6 +178,7 @@ def test_a_reference_that_does_not_fit_is_refused(
         )
 
 
+@pytest.mark.long
 def test_a_cache_that_cannot_be_written_is_a_note(small_recipe: Build, own_cache: Path) -> None:
     train(small_recipe(*DPO, "training.output_dir=one"))
     (file,) = own_cache.glob("*/reference-*.bin")

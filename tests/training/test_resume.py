@@ -69,6 +69,7 @@ def rates(run: Path) -> list[float]:
     return [row["learning_rate"] for row in read_metrics(run) if "loss" in row]
 
 
+@pytest.mark.long
 def test_a_finished_run_that_is_made_longer_is_the_one_that_began_so(small_recipe: Build) -> None:
     """Data order and rate are functions of the step alone, so nothing tells the two apart."""
     options = (
@@ -150,6 +151,7 @@ def test_a_run_that_stopped_early_says_so_and_goes_on_when_told(small_recipe: Bu
     assert go_on(result.run, "training.early_stopping_patience=null")[1].steps == 8
 
 
+@pytest.mark.long
 def test_a_run_goes_on_without_the_adapter_that_it_began_with(
     small_recipe: Build, tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ def parity(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return train(load_recipe("demo", [f"{key}={value}" for key, value in settings.items()]))
 
 
+@pytest.mark.long
 def test_a_rule_is_learnt(parity: TrainResult) -> None:
     assert parity.before["eval_rewards/accuracies"] < 0.7
     (model,) = orpo_lite.evaluate(parity.run).models

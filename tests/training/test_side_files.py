@@ -67,7 +67,13 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("README.md", "result.json") else pytest.param(name, marks=pytest.mark.long)
+        for name in BROKEN
+    ],
+)
 def test_no_broken_side_file_costs_a_finished_training(
     name: str, one_training: tuple[Path, list[Any], Any], small_recipe: Build
 ) -> None:
@@ -96,6 +102,7 @@ def test_a_run_whose_tokenizer_is_gone_is_merged_after_its_resume(
 
 
 @pytest.mark.parametrize("at", ["open", "write"])
+@pytest.mark.long
 def test_a_log_that_cannot_be_written_costs_no_training(
     at: str, small_recipe: Build, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +142,7 @@ def test_a_full_disk_for_the_metrics_is_said_and_gone_on_from(small_recipe: Buil
     assert train(recipe, resume=True).steps == LAST
 
 
+@pytest.mark.long
 def test_a_training_outlives_its_terminal(small_recipe: Build) -> None:
     """As under nohup: SIGHUP is ignored, and to write to the terminal is an error (EIO)."""
     small_recipe()

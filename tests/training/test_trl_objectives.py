@@ -137,13 +137,9 @@ def pair_of(row: dict[str, Any]) -> TokenizedPair:
     return TokenizedPair(row["chosen_input_ids"], row["rejected_input_ids"], *starts, "")
 
 
-# The stored figures of TRL (test_trl_figures.py) cover these forms of DPO in each run.
-FORMS = ("ipo", "hinge", "rpo")
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.long] * (case in FORMS)) for case in CASES]
-)
+# In each run, the stored figures of TRL (test_trl_figures.py) stand for it.
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.long
 def test_ten_steps_equal_trl(case: str, tmp_path: Path) -> None:
     kind, options, loss, names = CASES[case]
     ours = our_model(loss)
