@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.lengths import random_pairs
@@ -122,7 +123,8 @@ def _live_share(model: PairModel) -> float:
     gc.collect()
     alive = {}
     for tensor in gc.get_objects():
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.uint8:
+        is_plain = isinstance(tensor, Tensor) and not isinstance(tensor, DTensor)
+        if is_plain and tensor.dtype == torch.uint8:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in statistics:
                 alive[storage.data_ptr()] = storage.nbytes()
