@@ -19,6 +19,8 @@ from orpo_lite.errors import (
     Command,
     DataError,
     FitError,
+    ModelError,
+    Overrides,
     RecipeError,
     first_line,
 )
@@ -29,6 +31,7 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.ppo_adapters import add_ppo_adapters
 from orpo_lite.model.probe import probe, probe_operations
+from orpo_lite.model.sharding import is_sharded
 from orpo_lite.objectives.objective import Objective, find_objective
 from orpo_lite.ops.devices import device_kind, is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
@@ -151,6 +154,15 @@ def load_session(
         )
         tokens_of_step = 2 * longest * recipe.training.global_batch_size
         probe(pair_model, longest, min(recipe.micro_batch_tokens, tokens_of_step))
+        if is_sharded(pair_model) and pair_model.route not in ("shared", "packed"):
+            # The processes have different numbers of sequences, and would wait for each other.
+            raise ModelError(
+                where=f"model {inputs.base.name}",
+                found="each sequence goes through this model alone, so processes that share the "
+                "base would not run the same number of passes",
+                expected="the same number of passes in each process",
+                fix=Overrides({"memory.packing": False}),
+            )
         pair_model.drop_output_head()
         if processes.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -17,14 +17,14 @@ from orpo_lite.base.find import fetch_weights, find_base
 from orpo_lite.model.load import load_pair_model
 from orpo_lite.model.sharding import divide_layer, divide_root, local_bytes
 from orpo_lite.planning.fit import fit
-from orpo_lite.planning.measure import divided_bytes
+from orpo_lite.planning.measure import GATHERED, divided_bytes
 from orpo_lite.planning.on_meta import worst_case
 from orpo_lite.planning.processes import GATHERS
 from orpo_lite.planning.search import Planner
 from orpo_lite.recipe.reader import load_recipe
 
 Build = Callable[..., Any]
-LAYERS = 6
+LAYERS = 12
 # A layer of tiny_llama: q, k, v and o of 64 x 64 and 64 x 32, and three matrices of 64 x 128; two weights a byte.
 LAYER_BYTES = (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) // 2
 
@@ -38,7 +38,7 @@ FIXED = [
 
 @pytest.fixture
 def deep_recipe(workspace: Path, small_recipe: Build) -> Build:
-    """Builds a recipe on a base of 6 tiny layers."""
+    """Builds a recipe on a base of 12 tiny layers."""
     write_base(workspace / "base", tiny_llama(99, num_hidden_layers=LAYERS))
     return lambda *keys: small_recipe("quantization.load_in_4bit=true", *keys)
 
@@ -55,7 +55,7 @@ def test_the_figures_of_a_plan_follow_from_its_formulas(deep_recipe: Build) -> N
     assert shared.weight_bytes == 2 * 3 * LAYERS * LAYER_BYTES // 4
     saved = whole.memory.parts["base"] - shared.memory.parts["base"]
     assert saved == 3 * LAYERS * LAYER_BYTES // 4
-    assert shared.memory.parts["gathered layers"] == 2 * LAYER_BYTES
+    assert shared.memory.parts["gathered layers"] == GATHERED * LAYER_BYTES
     rate = report.plan.gpu and shared.link[1]
     assert shared.sending_seconds == (shared.gradient_bytes + shared.weight_bytes) / rate
     assert shared.computing_seconds == shared.memory.seconds_per_pair
