@@ -7,6 +7,7 @@
 
 import argparse
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from orpo_lite.data.packing import deal
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.data.prepare import find_sources, pair_lengths, tokenized_splits
 from orpo_lite.planning.on_meta import Triples
@@ -85,6 +87,20 @@ def near_mean(triples: Triples, size: int, count: int, *, grouped: bool = False)
         return abs(ratio / mean - 1) + abs(padded(batch) / tokens - 1)
 
     return sorted(epoch, key=distance)[:count]
+
+
+def idle_share(triples: Triples, pairs: int, processes: int, steps: int = 10) -> float:
+    """Return the share of tokens for which a process waits for the slowest one, a mean over steps.
+
+    ``pairs``: the pairs of a step for each process. They are drawn from ``triples``.
+    """
+    sizes = [chosen + rejected - prefix for prefix, chosen, rejected in triples]
+    rng, idle = random.Random(0), []
+    for _ in range(steps):
+        step = rng.choices(sizes, k=pairs * processes)
+        sums = [sum(step[i] for i in share) for share in deal(step, range(len(step)), processes)]
+        idle.append(1 - sum(step) / processes / max(sums))
+    return float(sum(idle) / steps)
 
 
 def random_pairs(

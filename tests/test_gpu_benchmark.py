@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, first_and_long
+from conftest import ROOT
 
 from benchmarks.gpu import __main__ as main
 from benchmarks.gpu.__main__ import IN_BACKGROUND, PARTS, Part, Parts, find_obstacle
@@ -117,7 +117,7 @@ FIGURES: dict[str, set[str]] = {
 }
 
 
-@pytest.mark.parametrize("only", first_and_long(["card", ""]))
+@pytest.mark.parametrize("only", ["card", ""])
 @pytest.mark.long
 def test_it_runs_on_the_simulated_device(only: str, tmp_path: Path) -> None:
     if said := find_obstacle(rehearse=True):

@@ -9,7 +9,6 @@ Nothing of this measures speed: the processes share the cores of one machine.
 import argparse
 import itertools
 import json
-import random
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,10 +20,9 @@ from benchmarks.ours import SETS
 from benchmarks.processes.gradients import gradient_figures
 from benchmarks.processes.trainings import kill_figures, resume_figures, write_inputs
 from benchmarks.step import about
-from orpo_lite.data.packing import deal
 
 Figures = dict[str, float | bool]
-WORLDS, PAIRS, STEPS = (2, 8, 64), (16, 8, 4), 10
+WORLDS, PAIRS = (2, 8, 64), (16, 8, 4)
 # Key -> what is right; the goals of the idle tokens are for 16 pairs a process.
 GOALS = {
     "ddp_gradient_error": "<= 1e-6",
@@ -46,24 +44,13 @@ GOALS = {
 def idle_figures() -> Iterator[Figures]:
     """Yield the share of tokens for which a process waits, in the mean over steps.
 
-    It is the worse of the shipped lengths. The pairs of a step are drawn from them.
+    It is the worse of the shipped lengths.
     """
+    sets = [lengths.shipped(name) for name in SETS.values()]
     for world, count in itertools.product(WORLDS, PAIRS):
-        shares = []
-        for name in SETS.values():
-            sizes = [
-                chosen + rejected - prefix for prefix, chosen, rejected in lengths.shipped(name)
-            ]
-            rng, idle = random.Random(0), []
-            for _ in range(STEPS):
-                step = rng.choices(sizes, k=count * world)
-                sums = [
-                    sum(step[i] for i in share) for share in deal(step, range(len(step)), world)
-                ]
-                idle.append(1 - sum(step) / world / max(sums))
-            shares.append(sum(idle) / STEPS)
+        worst = max(lengths.idle_share(triples, count, world) for triples in sets)
         suffix = "" if count == PAIRS[0] else f"_{count}_pairs"
-        yield {f"idle_tokens_share_{world}{suffix}": round(float(max(shares)), 5)}
+        yield {f"idle_tokens_share_{world}{suffix}": round(worst, 5)}
 
 
 def measure(folder: Path, *, quick: bool, seed: int) -> Iterator[Figures]:

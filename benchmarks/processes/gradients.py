@@ -44,8 +44,8 @@ def gradient_figures(folder: Path, worlds: Sequence[int]) -> dict[str, float | b
             float((vector - expected).norm() / expected.norm())
             for world in worlds
             for vector, expected in zip(
-                found[world][name]["gradients"],
-                one[name.replace("shared", "whole")]["gradients"],
+                found[world][name],
+                one[name.replace("shared", "whole")],
                 strict=True,
             )
         )
@@ -58,8 +58,8 @@ def gradient_figures(folder: Path, worlds: Sequence[int]) -> dict[str, float | b
             torch.equal(a, b)
             for world in worlds
             for a, b in zip(
-                found[world]["4 bit, whole"]["gradients"],
-                found[world]["4 bit, shared"]["gradients"],
+                found[world]["4 bit, whole"],
+                found[world]["4 bit, shared"],
                 strict=True,
             )
         ),
@@ -131,7 +131,7 @@ def _live_share(model: PairModel) -> float:
     return sum(alive.values()) / sum(state.shape.numel() // 2 for state in states)
 
 
-def _gradients(model: PairModel, recipe: Recipe, processes: Processes) -> dict[str, list[Tensor]]:
+def _gradients(model: PairModel, recipe: Recipe, processes: Processes) -> list[Tensor]:
     """Return the gradients of a step of each of COUNTS pairs, all parameters in one vector."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.trained():
@@ -152,7 +152,7 @@ def _gradients(model: PairModel, recipe: Recipe, processes: Processes) -> dict[s
         )
         grads = [parameter.grad for _, parameter in model.trained() if parameter.grad is not None]
         found.append(torch.cat([grad.flatten() for grad in grads]))
-    return {"gradients": found}
+    return found
 
 
 def _pairs(count: int) -> list[TokenizedPair]:

@@ -127,7 +127,8 @@ class Launch:
 
         from orpo_lite.runs.commands import LAUNCHER, resume_command
 
-        os.environ.setdefault("OMP_NUM_THREADS", str(_threads(self.processes)))
+        threads = max(1, (os.cpu_count() or 1) // self.processes)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         os.environ[LAUNCHER] = self.command
         one = self.machines == 1
         config = LaunchConfig(
@@ -177,10 +178,6 @@ def _count_processes(wanted: int | None) -> int:
     if not gpus:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     return count
-
-
-def _threads(processes: int) -> int:
-    return max(1, (os.cpu_count() or 1) // processes)
 
 
 def _hush() -> None:

@@ -254,11 +254,11 @@ def resident_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
         layers = [divided_bytes(layer, 1) for layer in model.layers]
         parts = [divided_bytes(layer, shards) for layer in model.layers]
         sizes["base"] -= sum(layers) - sum(parts)
-        sizes["gathered layers"] = GATHERED * max(layers, default=0)
+        sizes["gathered layers"] = LAYER_COPIES * max(layers, default=0)
     return sizes | {"gradients": gradients, "optimizer": states + paged}, paged
 
 
-GATHERED = 3
+LAYER_COPIES = 3
 """Copies of a gathered layer that a process holds at once under FSDP2, at most.
 
 A gathered layer is first a flat buffer, and then its matrices. In the forward pass, the buffer of

@@ -58,9 +58,8 @@ class PlanReport:
     @property
     def fits(self) -> bool:
         """True if the training fits on one GPU, or on several if these are planned for."""
-        return any(form.memory.fits for form in self.processes) or (
-            not self.processes and self.plan.fits
-        )
+        plans = [several.memory for several in self.processes] or [self.plan]
+        return any(plan.fits for plan in plans)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as a dict for JSON. Sizes are in bytes, and times in seconds."""

@@ -11,7 +11,7 @@ from orpo_lite.planning.choose import possible_shares
 from orpo_lite.planning.gpus import Gpu, find_link
 from orpo_lite.planning.search import MemoryPlan, Planner
 
-GATHERS = 2
+GATHERS_PER_PASS = 2
 """Times that a pass gathers each layer: for the forward and for the backward pass."""
 
 
@@ -44,7 +44,7 @@ class ProcessPlan:
     @property
     def weight_bytes(self) -> int:
         """Bytes of layers that each GPU receives in a step."""
-        return GATHERS * self.passes * (self.shards - 1) * self.divided // self.shards
+        return GATHERS_PER_PASS * self.passes * (self.shards - 1) * self.divided // self.shards
 
     @property
     def sending_seconds(self) -> float:
@@ -77,8 +77,8 @@ class ProcessPlan:
         ]
         if shards > 1:
             lines.append(
-                f"layers received = {GATHERS} gathers x {self.passes} passes x ({shards} - 1) / "
-                f"{shards} x {self.divided:,} B = {self.weight_bytes:,} B"
+                f"layers received = {GATHERS_PER_PASS} gathers x {self.passes} passes x "
+                f"({shards} - 1) / {shards} x {self.divided:,} B = {self.weight_bytes:,} B"
             )
         lines.append(
             f"sending = {self.gradient_bytes + self.weight_bytes:,} B / {rate / 1e9:g} GB/s "

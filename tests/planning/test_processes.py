@@ -17,9 +17,9 @@ from orpo_lite.base.find import fetch_weights, find_base
 from orpo_lite.model.load import load_pair_model
 from orpo_lite.model.sharding import divide_layer, divide_root, local_bytes
 from orpo_lite.planning.fit import fit
-from orpo_lite.planning.measure import GATHERED, divided_bytes
+from orpo_lite.planning.measure import LAYER_COPIES, divided_bytes
 from orpo_lite.planning.on_meta import worst_case
-from orpo_lite.planning.processes import GATHERS
+from orpo_lite.planning.processes import GATHERS_PER_PASS
 from orpo_lite.planning.search import Planner
 from orpo_lite.recipe.reader import load_recipe
 
@@ -55,7 +55,7 @@ def test_the_figures_of_a_plan_follow_from_its_formulas(deep_recipe: Build) -> N
     assert shared.weight_bytes == 2 * 3 * LAYERS * LAYER_BYTES // 4
     saved = whole.memory.parts["base"] - shared.memory.parts["base"]
     assert saved == 3 * LAYERS * LAYER_BYTES // 4
-    assert shared.memory.parts["gathered layers"] == GATHERED * LAYER_BYTES
+    assert shared.memory.parts["gathered layers"] == LAYER_COPIES * LAYER_BYTES
     rate = report.plan.gpu and shared.link[1]
     assert shared.sending_seconds == (shared.gradient_bytes + shared.weight_bytes) / rate
     assert shared.computing_seconds == shared.memory.seconds_per_pair
@@ -102,4 +102,4 @@ def test_a_share_of_the_base_has_the_planned_bytes(world: int, tmp_path: Path) -
         destroy_process_group()
     assert local_bytes(model) == planned
     gathers = [n for kind, n in collectives.get_comm_counts().items() if "gather" in str(kind)]
-    assert sum(gathers) == GATHERS * len(model.layers)
+    assert sum(gathers) == GATHERS_PER_PASS * len(model.layers)

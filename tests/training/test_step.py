@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,11 +16,10 @@ import torch
 from conftest import in_float64, ragged_pairs, tiny_llama, tiny_opt, write_base
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.lengths import shipped
+from benchmarks.lengths import idle_share, shipped
 from orpo_lite.base.find import fetch_weights, find_base
 from orpo_lite.data.packing import (
     Batching,
-    deal,
     epoch_order,
     micro_batches,
     nll_tokens,
@@ -252,13 +250,7 @@ def test_shares_of_processes_cover_the_step_once() -> None:
 def test_processes_get_nearly_equal_numbers_of_tokens(count: int, most: float) -> None:
     """On real lengths, a process waits for a small share of the tokens of the slowest one."""
     for lengths, world in itertools.product(("hh-rlhf", "alpaca-prefs"), (2, 8, 64)):
-        sizes = [chosen + rejected - prefix for prefix, chosen, rejected in shipped(lengths)]
-        rng, idle = random.Random(0), []
-        for _ in range(10):
-            step = rng.choices(sizes, k=count * world)
-            sums = [sum(step[i] for i in share) for share in deal(step, range(len(step)), world)]
-            idle.append(1 - sum(step) / world / max(sums))
-        assert sum(idle) / len(idle) <= most, (lengths, world)
+        assert idle_share(shipped(lengths), count, world) <= most, (lengths, world)
 
 
 PROCESS = """
