@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.lengths import random_pairs
+from benchmarks.processes.memory import peaks
 from orpo_lite.base.find import fetch_weights, find_base
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.load import load_pair_model
@@ -64,10 +65,12 @@ def gradient_figures(folder: Path, worlds: Sequence[int]) -> dict[str, float | b
             )
         ),
     } | {
-        "fsdp2_packed_bytes_share" + (f"_{world}" if world > 2 else ""): found[world][
-            "packed share"
-        ]
+        key + (f"_{world}" if world > 2 else ""): found[world][name]
         for world in worlds
+        for key, name in (
+            ("fsdp2_packed_bytes_share", "packed share"),
+            ("plan_peak_error", "peak error"),
+        )
     }
 
 
@@ -96,6 +99,8 @@ def _run_process(folder: Path) -> None:
         found[f"4 bit, {form}"] = _gradients(model, recipe, processes)
         if form == "shared":
             found["packed share"] = _largest(_live_share(model), processes)
+            errors = [abs(planned / live - 1) for planned, live in peaks(model, recipe)]
+            found["peak error"] = _largest(max(errors), processes)
         plain = _float64_model(folder / "base", recipe)
         if form == "shared":
             mesh = init_device_mesh("cpu", (processes.count,))

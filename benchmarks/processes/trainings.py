@@ -177,9 +177,11 @@ def kill_figures(folder: Path, *, kills: int, seed: int) -> Iterator[dict[str, A
         first, whole = times(folder, 2, *start(shard))
         expected = adapter(run)
         for _ in range(kills // 2):
-            rmtree(run, ignore_errors=True)
-            rank, wait = rng.randrange(2), rng.uniform(0.8 * first, whole)
-            fault, seconds, step, fix = kill(folder, shard, rank, wait)
+            step = -1
+            while step < 0:  # the process had ended before
+                rmtree(run, ignore_errors=True)
+                rank, wait = rng.randrange(2), rng.uniform(0.8 * first, whole)
+                fault, seconds, step, fix = kill(folder, shard, rank, wait)
             slowest = max(slowest, seconds)
             when.append(step)
             if not fault:
@@ -204,18 +206,24 @@ def kill(
     """Start a run, and kill one of its processes after ``wait`` seconds.
 
     Return what is wrong, or ""; the seconds until all processes had ended; the last step that was
-    logged; and the words after ``train`` of the command that the message gives. If the run had
+    logged; and the words after ``train`` of the command that the message gives. If the process had
     ended before, the step is -1.
     """
     again: Sequence[str] = start(shard)
     process = launch(folder, 2, *again)
     time.sleep(wait)
-    chosen = [child for child in _children(process.pid) if child.environ().get("RANK") == str(rank)]
-    if not chosen or process.poll() is not None:
-        return "the launch failed" if process.wait() else "", 0.0, -1, ("--resume", "run")
-    step = max(losses_so_far(folder / "run"), default=0)
-    family = psutil.Process(process.pid).children(recursive=True)
-    chosen[0].send_signal(signal.SIGKILL)
+    try:
+        launcher = psutil.Process(process.pid)
+        family = launcher.children(recursive=True)
+        step = max(losses_so_far(folder / "run"), default=0)
+        (chosen,) = [
+            child for child in launcher.children() if child.environ().get("RANK") == str(rank)
+        ]
+        chosen.send_signal(signal.SIGKILL)
+    except (ValueError, psutil.NoSuchProcess):  # also a zombie
+        if process.wait():
+            raise RuntimeError((folder / "output.txt").read_text("utf-8")[-3000:]) from None
+        return "", 0.0, -1, again
     began = time.monotonic()
     code = process.wait()
     psutil.wait_procs(family, timeout=max(0.0, LIMIT - (time.monotonic() - began)))
@@ -233,10 +241,3 @@ def kill(
     else:
         again = shlex.split(said[0])
     return fault, seconds, step, again
-
-
-def _children(pid: int) -> list[psutil.Process]:
-    try:
-        return [child for child in psutil.Process(pid).children() if child.is_running()]
-    except psutil.NoSuchProcess:
-        return []

@@ -23,10 +23,10 @@ from orpo_lite.model.load import bare_pair_model, choose_dtype
 from orpo_lite.model.memory import NO_MEMORY_SETTINGS, with_memory_settings
 from orpo_lite.model.optimizer import state_bytes
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.model.sharding import divisible
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.ops.devices import META, is_on_host
 from orpo_lite.ops.segments import clear_row_caches
+from orpo_lite.planning.gathers import counting_gathers, divided_bytes
 from orpo_lite.planning.meter import LiveBytes, allocated_bytes
 from orpo_lite.planning.on_meta import (
     Triples,
@@ -197,6 +197,7 @@ def measure(
         _deterministic_kernels(recipe.training.full_determinism),
         LiveBytes(known) as meter,
         track_phases(model.backbone, meter),
+        counting_gathers(model, recipe.memory.shards, meter),
     ):
         batch = make_batch(pairs, batching).to(META)
         logps = model(batch)
@@ -215,7 +216,7 @@ def measure(
         paged=paged,
         tokens=_tokens(pairs, batching),
         pairs=len(pairs),
-        loading=loading_bytes(model, resident),
+        loading=loading_bytes(model, resident, recipe.memory.shards),
         weights=sum(
             _elements(parameter) for parameter in model.parameters() if not parameter.requires_grad
         ),
@@ -254,26 +255,7 @@ def resident_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
         layers = [divided_bytes(layer, 1) for layer in model.layers]
         parts = [divided_bytes(layer, shards) for layer in model.layers]
         sizes["base"] -= sum(layers) - sum(parts)
-        sizes["gathered layers"] = LAYER_COPIES * max(layers, default=0)
     return sizes | {"gradients": gradients, "optimizer": states + paged}, paged
-
-
-LAYER_COPIES = 3
-"""Copies of a gathered layer that a process holds at once under FSDP2, at most.
-
-A gathered layer is first a flat buffer, and then its matrices. In the forward pass, the buffer of
-the layer before is freed only when the matrices of the next one are copied out of theirs.
-"""
-
-
-def divided_bytes(layer: Any, shards: int) -> int:
-    """Return the bytes of a decoder layer's frozen matrices in one of the processes that share it.
-
-    FSDP2 divides the rows of each matrix, and pads them to a multiple of ``shards``.
-    """
-    return sum(
-        -(-len(p) // shards) * (p.untyped_storage().nbytes() // len(p)) for p in divisible(layer)
-    )
 
 
 def offloaded_embedding_bytes(model: PairModel) -> int:
@@ -282,21 +264,27 @@ def offloaded_embedding_bytes(model: PairModel) -> int:
     return storage_bytes(embedding) if is_on_host(embedding) else 0
 
 
-def loading_bytes(model: PairModel, resident: Mapping[str, int]) -> int:
+def loading_bytes(model: PairModel, resident: Mapping[str, int], shards: int) -> int:
     """Return the bytes on the device while the base is loaded.
 
     The whole base is counted, also an embedding that is moved to host memory after loading. If
     layers are quantised, one 16-bit tensor per loading thread of transformers is added, because
     each thread may hold one tensor that is not quantised yet.
+
+    ``shards``: the number of processes that share the base. If there are several, the base is read
+    layer by layer in one thread, and each layer is whole until it is divided.
     """
     quantised = [
         _elements(parameter)
         for parameter in model.parameters()
         if hasattr(parameter, "quant_state")
     ]
-    unquantised_bytes = LOADERS * 2 * max(quantised, default=0)
+    unquantised_bytes = (LOADERS if shards == 1 else 1) * 2 * max(quantised, default=0)
+    layer = 0
+    if shards > 1:
+        layer = max((divided_bytes(layer, 1) for layer in model.layers), default=0)
     base = resident["base"] + resident["embeddings, head, norms"]
-    return base + offloaded_embedding_bytes(model) + unquantised_bytes
+    return base + layer + offloaded_embedding_bytes(model) + unquantised_bytes
 
 
 @contextmanager

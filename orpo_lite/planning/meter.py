@@ -23,7 +23,12 @@ UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
 
 def allocated_bytes(storage: torch.UntypedStorage) -> int:
     """Return the bytes that torch's CUDA allocator reserves for a storage."""
-    return -(-storage.nbytes() // ROUNDING) * ROUNDING
+    return rounded(storage.nbytes())
+
+
+def rounded(size: int) -> int:
+    """Return a number of bytes, rounded up as torch's CUDA allocator does."""
+    return -(-size // ROUNDING) * ROUNDING
 
 
 class LiveBytes(TorchDispatchMode):

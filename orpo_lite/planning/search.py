@@ -17,11 +17,11 @@ import torch
 
 from orpo_lite.model.load import choose_dtype
 from orpo_lite.planning.extrapolate import LayerExtrapolation, seconds
+from orpo_lite.planning.gathers import LAYER_COPIES, divided_bytes, part_sizes
 from orpo_lite.planning.gpus import GPUS, Gpu, allowances
 from orpo_lite.planning.measure import (
     MetaModels,
     StepMemory,
-    divided_bytes,
     loading_bytes,
     measure,
     resident_bytes,
@@ -169,6 +169,7 @@ class Planner:
         self.layers = int(config.get_text_config().num_hidden_layers)
         self._models = MetaModels()
         self._extrapolations: dict[tuple[Any, ...], LayerExtrapolation] = {}
+        self._smallest: StepMemory | None = None  # of a shared base
 
     def sharing(self, shards: int) -> "Planner":
         """Return a planner for processes of which ``shards`` share one copy of the base.
@@ -197,7 +198,12 @@ class Planner:
         resident, _ = resident_bytes(model, on_device)
         tied = self.config.get_text_config().tie_word_embeddings
         embedding = 0 if tied else storage_bytes(model.causal.get_input_embeddings().weight)
-        return sum(resident.values()), embedding, loading_bytes(model, resident)
+        gathered = 0
+        if on_device.memory.shards > 1:
+            largest = max((divided_bytes(layer, 1) for layer in model.layers), default=0)
+            gathered = LAYER_COPIES * largest  # at most: fewer may exist at the peak of a step
+        loading = loading_bytes(model, resident, on_device.memory.shards)
+        return sum(resident.values()) + gathered, embedding, loading
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -207,7 +213,7 @@ class Planner:
     def divided(self) -> int:
         """Bytes of the matrices of all layers, which processes that share the base divide."""
         model = self._models.get(self.recipe, self.config, self._dtype)
-        return sum(divided_bytes(layer, 1) for layer in model.layers)
+        return sum(sum(part_sizes(layer, 1)) for layer in model.layers)
 
     def choices(self) -> list[dict[str, Any]]:
         """Return the combinations of memory settings to try, without ``activation_checkpointing``.
@@ -281,7 +287,9 @@ class Planner:
         known = self._extrapolations.get(_step_key(choice))
         if known is not None:
             return known
-        chosen = self.recipe.with_memory({**choice, "embedding_on_cpu": False})
+        # Gathered layers of a shared base are counted in ``_whole``.
+        whole = self.recipe.with_memory({"shard": "off"})
+        chosen = whole.with_memory({**choice, "embedding_on_cpu": False})
         # Offload and head_chunk do not change what an un-checkpointed layer needs.
         same_layers = {
             **choice,
@@ -402,7 +410,13 @@ class Planner:
 
     def least_bytes(self, gpu: Gpu | None) -> int:
         """Return the bytes that a run needs with :meth:`smallest_settings`."""
-        return self._needed(self.smallest_settings(), min(self._amounts()), gpu)
+        smallest, least_kept = self.smallest_settings(), min(self._amounts())
+        if self.recipe.memory.shards == 1:
+            return self._needed(smallest, least_kept, gpu)
+        settings = smallest | {"activation_checkpointing": self.layers - least_kept}
+        self._smallest = self._smallest or self.run(settings, None, gpu).measured
+        deterministic = self.recipe.training.full_determinism
+        return MemoryPlan(settings, None, gpu, self._smallest, deterministic).needed
 
     def _needed(self, choice: Mapping[str, Any], kept: int, gpu: Gpu | None) -> int:
         step = self.extrapolation(choice).peak(self.layers, kept)
