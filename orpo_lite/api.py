@@ -28,7 +28,7 @@ from orpo_lite.exporting.llama_cpp import score_pairs
 from orpo_lite.merging.plan import check_mergeable
 from orpo_lite.model.generate import Decoding
 from orpo_lite.model.load import choose_dtype
-from orpo_lite.model.parallel import Processes
+from orpo_lite.model.parallel import Processes, check_processes
 from orpo_lite.model.quantize import skipped_modules
 from orpo_lite.model.score_head import refuse_classifier
 from orpo_lite.objectives.objective import Objective, find_objective
@@ -118,7 +118,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     if resume:
         recipe, changed = find_changes(path, recipe)
     processes = Processes(cpu=recipe.model.device == "cpu")
-    processes.check(recipe)
+    check_processes(recipe, processes.count)
     if processes.is_main:
         yield Update("note", describe_device(processes.device))
     recipe = yield from _prepare_recipe(recipe, processes, resume=resume)

@@ -3,10 +3,12 @@
 torch and other slow libraries are imported inside the commands, so that ``--help`` is fast.
 """
 
+import json
 import os
 import shlex
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -73,28 +75,57 @@ def main() -> None:
         if end.code == STOPPED:
             _leave(STOPPED)
         raise
-    except LostProcessError as error:
-        from orpo_lite.runs.commands import LAUNCHER
-
-        if is_first_process() and LAUNCHER not in os.environ:
-            err.print(str(error))
-        sys.exit(error.exit_code)
     except OrpoLiteError as error:
-        # With accelerate each process raises an error. Only the first one prints it in full.
-        err.print(
-            str(error) if is_first_process() else f"process {os.environ['RANK']}: {error.found}"
-        )
+        _report(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print_stopped()
         _leave(STOPPED)
-    except Exception:
+    except Exception as error:
+        if _is_lost(error):
+            lost = LostProcessError(
+                where="this training",
+                found="another process of it ended",
+                fix="mend the error that the other process printed",
+            )
+            _report(lost)
+            sys.exit(lost.exit_code)
         traceback.print_exc()
         err.print(
             "\nThis is a bug in orpo-lite. Please report it with the traceback above, the run's "
             "train.log, and the output of `orpo-lite doctor --bug-report`."
         )
         sys.exit(BUG)
+
+
+def _report(error: OrpoLiteError) -> None:
+    """Print an error. If several processes raise it, print it in full only once."""
+    from orpo_lite.runs.commands import LAUNCHER
+
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    is_lost = isinstance(error, LostProcessError)
+    if LAUNCHER in os.environ and file:
+        # `orpo-lite launch` prints the error of the process that failed first.
+        if not is_lost:
+            said = {
+                "message": str(error),
+                "timestamp": int(time.time()),
+                "exit_code": error.exit_code,
+            }
+            Path(file).write_text(json.dumps(said), encoding="utf-8")
+    elif is_first_process():
+        err.print(str(error))
+    elif not is_lost:
+        err.print(f"process {os.environ['RANK']}: {error.found}")
+
+
+def _is_lost(error: Exception) -> bool:
+    """Return whether an error was raised because another process of the training ended."""
+    if not (isinstance(error, RuntimeError) and "RANK" in os.environ):
+        return False
+    from orpo_lite.model.parallel import is_lost
+
+    return is_lost(error)
 
 
 def print_stopped() -> None:

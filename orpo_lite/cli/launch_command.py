@@ -86,9 +86,11 @@ def launch(
     if parsed.params["dry_run"]:
         command.invoke(parsed)
         return
-    launched = Launch(
-        _count_processes(processes), machines, machine_rank, main_address or "", main_port
-    )
+    from orpo_lite.model.parallel import check_processes
+
+    count = _count_processes(processes)
+    check_processes(chosen, count * machines)
+    launched = Launch(count, machines, machine_rank, main_address or "", main_port)
     raise typer.Exit(launched.run(words, Path(chosen.training.output_dir)))
 
 
@@ -114,9 +116,8 @@ class Launch:
     def run(self, words: Sequence[str], path: Path) -> int:
         """Run ``orpo-lite`` with ``words`` in each process.
 
-        If a process fails, the others are stopped. A process that is killed is reported, with the
-        command that continues the run in the folder ``path``. Other errors are reported by the
-        process.
+        If a process fails, the others are stopped, and the first error is printed. A process that
+        is killed is reported with the command that continues the run in the folder ``path``.
 
         Returns:
             The exit code of the first process that failed, or 0.
@@ -146,6 +147,14 @@ class Launch:
         try:
             elastic_launch(config, entrypoint=sys.executable)("-m", "orpo_lite", *words)
         except ChildFailedError as error:
+            failed = error.failures.items()
+            # A process that wrote no error has other data, without a time.
+            told = {rank: found for rank, found in failed if "timestamp" in found.error_file_data}
+            if told:
+                rank = min(told, key=lambda n: (told[n].timestamp, n))
+                err.print(told[rank].message)
+                # The launcher may have ended the process by a signal after it wrote this.
+                return int(told[rank].error_file_data["exit_code"])
             rank, failure = error.get_first_failure()
             if failure.exitcode >= 0:
                 return int(failure.exitcode)

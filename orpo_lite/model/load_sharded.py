@@ -171,10 +171,17 @@ def _expected(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
     return found
 
 
-def _refuse_converted(model: Any, base: Base) -> None:
-    """Raise ModelError if transformers changes the tensors of this family while it loads them."""
+def converts_weights(model: Any) -> bool:
+    """Return whether transformers changes the tensors of this family while it loads them.
+
+    :func:`load_outer` cannot read such a family.
+    """
     kept = getattr(model, "_keep_in_fp32_modules", None)
-    if get_model_conversion_mapping(model, add_legacy=False) or kept:
+    return bool(get_model_conversion_mapping(model, add_legacy=False) or kept)
+
+
+def _refuse_converted(model: Any, base: Base) -> None:
+    if converts_weights(model):
         raise ModelError(
             where="memory.shard",
             found=f"transformers converts the weights of {base.config.model_type} while it loads "

@@ -6,7 +6,7 @@ The only other module that uses accelerate is ``training.trackers``.
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState, init_empty_weights
@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from orpo_lite.errors import Command, Overrides, RecipeError
 from orpo_lite.recipe.schema import Recipe
 
+T = TypeVar("T")
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 LAUNCH = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launch of several processes sets."""
@@ -66,32 +67,15 @@ class Processes:
         self.count: int = self._state.num_processes
         self.is_main: bool = self._state.is_main_process
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise RecipeError if ``memory.shard`` does not divide the number of processes."""
-        shards = recipe.memory.shards
-        if self.count % shards:
-            raise RecipeError(
-                where=recipe.sources["memory.shard"],
-                found=f"memory.shard={shards} with {_count(self.count)}",
-                expected="a number that divides the number of processes",
-                fix=Overrides(
-                    {"memory.shard": "off"},
-                    text=f"start with `orpo-lite launch --processes {shards}`, or set "
-                    "memory.shard=off",
-                )
-                if self.count == 1
-                else Overrides({"memory.shard": self.count}),
-            )
-
     def mesh(self, recipe: Recipe) -> DeviceMesh | None:
         """Return the processes that share a copy of the base with this one; None if none do.
 
-        Raises RecipeError as :meth:`check` does.
+        Raises RecipeError as :func:`check_processes` does.
         """
         shards = recipe.memory.shards
         if shards == 1:
             return None
-        self.check(recipe)
+        check_processes(recipe, self.count)
         # Each row of this grid holds one copy of the base.
         grid = init_device_mesh(
             self.device.type, (self.count // shards, shards), mesh_dim_names=("copies", "shard")
@@ -133,9 +117,9 @@ class Processes:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item() > 0)
 
-    def from_main(self, numbers: list[int]) -> list[int]:
-        """Return, in every process, the ``numbers`` of the main process."""
-        found = [numbers]
+    def from_main(self, value: T) -> T:
+        """Return, in every process, the ``value`` of the main process. It is sent with pickle."""
+        found = [value]
         broadcast_object_list(found)
         return found[0]
 
@@ -152,6 +136,33 @@ class Processes:
             parameters, total.split([grad.numel() for grad in grads]), strict=True
         ):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+
+def check_processes(recipe: Recipe, count: int) -> None:
+    """Raise RecipeError if ``count`` processes cannot train a recipe.
+
+    ``memory.shard`` must divide the number of processes, and PPO needs one process.
+    """
+    shards = recipe.memory.shards
+    if recipe.loss.type == "ppo" and count > 1:
+        raise RecipeError(
+            where=recipe.sources["loss.type"],
+            found=f"loss.type=ppo with {count} processes",
+            expected="one process",
+            fix="start `orpo-lite train` without `launch`",
+        )
+    if count % shards:
+        raise RecipeError(
+            where=recipe.sources["memory.shard"],
+            found=f"memory.shard={shards} with {_count(count)}",
+            expected="a number that divides the number of processes",
+            fix=Overrides(
+                {"memory.shard": "off"},
+                text=f"start with `orpo-lite launch --processes {shards}`, or set memory.shard=off",
+            )
+            if count == 1
+            else Overrides({"memory.shard": count}),
+        )
 
 
 def empty_weights() -> AbstractContextManager[None]:

@@ -1,6 +1,5 @@
 """Plan the memory settings of a training for the GPU that runs the training."""
 
-import os
 from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from orpo_lite.model.parallel import Processes
 from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning.fit import fit, no_plan
 from orpo_lite.planning.gpus import local_gpu, memory_budget
+from orpo_lite.planning.share import possible_shares
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import gib
 from orpo_lite.runs.inputs import Inputs
@@ -74,32 +74,19 @@ def choose_memory(
         )
     yield Update("stage", "planning the memory of a step")
     lengths = step_lengths(recipe, inputs.train)
-    try:
-        found = fit(
-            recipe,
-            inputs.base.config,
-            lengths,
-            device_kind(device),
-            budget,
-            gpu,
-            possible_shares(recipe, processes.count),
-        )
-    except MODEL_CODE_ERRORS as error:
-        reason = no_plan(inputs.base.name, error).found
-        yield Update("note", f"{reason}, so the recipe's memory settings are used unchanged")
-        return recipe, {}
-    for sentence in found.sentences(local.others if local else 0):
-        yield Update("note", sentence)
-    return recipe.with_memory(found.settings), found.to_json()
-
-
-def possible_shares(recipe: Recipe, processes: int) -> list[int]:
-    """Return the numbers of processes that may share the base: the smallest first.
-
-    Only processes of one machine share it, because each layer is sent in each pass. There is none
-    unless ``memory.shard`` is auto.
-    """
-    if recipe.memory.shard != "auto" or recipe.loss.type == "ppo" or processes == 1:
-        return []
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    return [n for n in range(2, here + 1) if here % n == 0 and processes % n == 0]
+    settings: dict[str, Any] = {}
+    content: dict[str, Any] = {}
+    if processes.is_main:  # different GPUs could give different plans
+        shares = possible_shares(recipe, processes.count)
+        try:
+            found = fit(
+                recipe, inputs.base.config, lengths, device_kind(device), budget, gpu, shares
+            )
+        except MODEL_CODE_ERRORS as error:
+            reason = no_plan(inputs.base.name, error).found
+            yield Update("note", f"{reason}, so the recipe's memory settings are used unchanged")
+        else:
+            settings, content = dict(found.settings), found.to_json()
+            for sentence in found.sentences(local.others if local else 0):
+                yield Update("note", sentence)
+    return recipe.with_memory(processes.from_main(settings)), content

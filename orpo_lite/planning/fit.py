@@ -9,6 +9,7 @@ from orpo_lite.errors import FitError, ModelError, Overrides
 from orpo_lite.planning.gpus import Gpu
 from orpo_lite.planning.on_meta import Triples
 from orpo_lite.planning.search import Change, MemoryPlan, Planner
+from orpo_lite.planning.share import why_not_shared
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import gib, to_text
 
@@ -37,26 +38,40 @@ def fit(
     """Return the fastest plan within ``budget`` bytes.
 
     ``shares``: numbers of processes that may share the base if it does not fit whole. The first one
-    that fits is a setting of the plan: ``shard``.
+    that fits is a setting of the plan: ``shard``. A base that cannot be shared stays whole.
 
     Raises:
         FitError: no plan fits. The fix lists the recipe changes that are enough, if there are any.
     """
     planner = Planner(recipe, config, triples, kind)
     plan = planner.plan(budget, gpu)
-    for shards in shares:
+    if plan.fits:
+        return plan
+    reason = why_not_shared(planner) if shares else ""
+    for shards in [] if reason else shares:
+        planner = planner.sharing(shards)
+        plan = planner.plan(budget, gpu)
         if plan.fits:
-            break
-        plan = planner.sharing(shards).plan(budget, gpu)
-        plan = replace(plan, settings={**plan.settings, "shard": shards})
-    if not plan.fits:
-        raise does_not_fit(plan, planner.changes(budget, gpu))
-    return plan
+            return replace(plan, settings={**plan.settings, "shard": shards})
+    raise does_not_fit(plan, planner.changes(budget, gpu), planner.recipe.memory.shards, reason)
 
 
-def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
-    """Return the error for a plan over budget. The fix lists each change that alone is enough."""
+def does_not_fit(
+    plan: MemoryPlan, changes: Sequence[Change], shards: int = 1, not_shared: str = ""
+) -> FitError:
+    """Return the error for a plan over budget. The fix lists each change that alone is enough.
+
+    Args:
+        plan: the plan that needs the least memory.
+        changes: changes of its recipe.
+        shards: the number of processes that share the base in this plan.
+        not_shared: why the processes do not share the base; "" if there is no reason to say.
+    """
     found = f"at least {gib(plan.needed)} are needed, and the budget is {gib(plan.budget or 0)}"
+    if shards > 1:
+        found += f"; {shards} processes share the base"
+    if not_shared:
+        found += f"; the processes cannot share the base: {not_shared}"
     lines = []
     for change in changes:
         keys = " ".join(f"{key}={to_text(value)}" for key, value in change.keys.items())

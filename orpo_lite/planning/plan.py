@@ -13,6 +13,7 @@ from orpo_lite.base.find import check_embedding, find_config, find_text_files
 from orpo_lite.data.prepare import find_sources, step_lengths, tokenized_splits
 from orpo_lite.errors import ModelError
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS
+from orpo_lite.model.parallel import check_processes
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning.fit import no_plan
@@ -20,6 +21,7 @@ from orpo_lite.planning.gpus import GPUS, Gpu, LocalGpu, local_gpu, memory_budge
 from orpo_lite.planning.on_meta import worst_case
 from orpo_lite.planning.processes import ProcessPlan, plan_processes
 from orpo_lite.planning.search import Change, GpuRow, MemoryPlan, Planner
+from orpo_lite.planning.share import why_not_shared
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import gib
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS
@@ -116,6 +118,8 @@ def plan_events(
     recipe: Recipe, *, with_data: bool = False, processes: int = 1
 ) -> Generator[Update, None, PlanReport]:
     """Yield the progress of :func:`plan`; finally return its result."""
+    if processes > 1:
+        check_processes(recipe, processes)
     asked_name, missing = recipe.model.model_name_or_path, missing_adapters(recipe)
     if INITIAL not in missing:
         recipe = adopt_adapter(recipe)
@@ -187,12 +191,15 @@ def _report(
     if planner.kind != "ampere":  # all known GPUs are of that generation or later
         others = Planner(recipe, planner.config, planner.triples, "ampere")
     rows = [planner.row(first), *(others.row(other) for other in GPUS if other != first)]
-    # If no known GPU fits, the user's GPU does not fit either.
-    several = []
+    several: list[ProcessPlan] = []
+    notes = [*found.measured.notes, *_notes_on_length(planner), *_notes_on_loss(recipe)]
     if processes > 1:
         yield Update("stage", f"planning for {processes} processes")
         whole = found if recipe.memory.shards == 1 else planner.sharing(1).plan(budget, gpu)
         several = plan_processes(planner, whole, gpu, budget, processes)
+        if recipe.memory.shard != "off" and (reason := why_not_shared(planner)):
+            notes.append(f"the processes cannot share the base: {reason}")
+    # If no known GPU fits, the user's GPU does not fit either.
     is_verdict = wanted is not None or not found.fits
     changes = planner.changes(budget, gpu) if is_verdict and not found.fits else []
     return PlanReport(
@@ -204,7 +211,7 @@ def _report(
         changes=changes,
         disk=_disk(found, recipe, is_local=Path(recipe.model.model_name_or_path).is_dir()),
         is_verdict=is_verdict,
-        notes=[*found.measured.notes, *_notes_on_length(planner), *_notes_on_loss(recipe)],
+        notes=notes,
         processes=several,
     )
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orpo_lite.planning.choose import possible_shares
 from orpo_lite.planning.gpus import Gpu, find_link
 from orpo_lite.planning.search import MemoryPlan, Planner
+from orpo_lite.planning.share import possible_shares, why_not_shared
 
 GATHERS_PER_PASS = 2
 """Times that a pass gathers each layer: for the forward and for the backward pass."""
@@ -113,7 +113,8 @@ def plan_processes(
     """Return the plans with the whole base on each GPU, and with a shared base.
 
     The base is shared by ``memory.shard`` processes. With off, there is no such plan. With auto, it
-    is shared by the smallest number of processes that fits, or by all.
+    is shared by the smallest number of processes that fits, or by all. There is none if
+    :func:`orpo_lite.planning.share.why_not_shared` gives a reason.
 
     Args:
         planner: the planner of a recipe, for one GPU.
@@ -127,7 +128,8 @@ def plan_processes(
     divided, link = planner.divided, find_link(gpu)
     found = [ProcessPlan(processes, 1, whole, pairs, divided, link)]
     numbers: Sequence[int] = [recipe.memory.shards] if recipe.memory.shards > 1 else []
-    for shards in numbers or possible_shares(recipe, processes):
+    wanted = numbers or possible_shares(recipe, processes)
+    for shards in [] if why_not_shared(planner) else wanted:
         plan = planner.sharing(shards).plan(budget, gpu)
         if plan.fits or shards == processes or numbers:
             found.append(ProcessPlan(processes, shards, plan, pairs, divided, link))

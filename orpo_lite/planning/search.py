@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from orpo_lite.model.load import choose_dtype
+from orpo_lite.model.pair_model import PairModel
 from orpo_lite.planning.extrapolate import LayerExtrapolation, seconds
 from orpo_lite.planning.gathers import LAYER_COPIES, divided_bytes, part_sizes
 from orpo_lite.planning.gpus import GPUS, Gpu, allowances
@@ -209,11 +210,15 @@ class Planner:
     def _dtype(self) -> torch.dtype:
         return choose_dtype(self.recipe.model.dtype, self.kind)
 
+    @property
+    def model(self) -> PairModel:
+        """The model on meta. A later measurement changes its memory settings."""
+        return self._models.get(self.recipe, self.config, self._dtype)
+
     @cached_property
     def divided(self) -> int:
         """Bytes of the matrices of all layers, which processes that share the base divide."""
-        model = self._models.get(self.recipe, self.config, self._dtype)
-        return sum(sum(part_sizes(layer, 1)) for layer in model.layers)
+        return sum(sum(part_sizes(layer, 1)) for layer in self.model.layers)
 
     def choices(self) -> list[dict[str, Any]]:
         """Return the combinations of memory settings to try, without ``activation_checkpointing``.

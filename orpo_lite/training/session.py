@@ -21,7 +21,6 @@ from orpo_lite.errors import (
     FitError,
     ModelError,
     Overrides,
-    RecipeError,
     first_line,
 )
 from orpo_lite.model.load import choose_dtype, load_pair_model
@@ -156,12 +155,13 @@ def load_session(
         probe(pair_model, longest, min(recipe.micro_batch_tokens, tokens_of_step))
         if is_sharded(pair_model) and pair_model.route not in ("shared", "packed"):
             # The processes have different numbers of sequences, and would wait for each other.
+            # Padded rows have no limit of tokens.
             raise ModelError(
                 where=f"model {inputs.base.name}",
                 found="each sequence goes through this model alone, so processes that share the "
                 "base would not run the same number of passes",
                 expected="the same number of passes in each process",
-                fix=Overrides({"memory.packing": False}),
+                fix=Overrides({"memory.packing": False, "memory.micro_batch_tokens": "auto"}),
             )
         pair_model.drop_output_head()
         if processes.device.type == "cuda":
@@ -171,7 +171,7 @@ def load_session(
     for note in pair_model.notes:
         yield Update("note", note)
     if recipe.loss.type == "ppo":
-        yield from _add_ppo(pair_model, recipe, inputs, processes)
+        yield from _add_ppo(pair_model, recipe, inputs)
     trained = [parameter for _, parameter in pair_model.trained()]
     # A checkpoint holds the adapter and two optimizer states of the adapter's size. Space is needed
     # for the kept checkpoints, the best one, the one being written, and the final adapter.
@@ -190,17 +190,8 @@ def load_session(
     return session
 
 
-def _add_ppo(
-    model: PairModel, recipe: Recipe, inputs: Inputs, processes: Processes
-) -> Iterator[Update]:
-    """Add the adapters of PPO, and yield notes. Raise RecipeError if several processes train."""
-    if processes.count > 1:
-        raise RecipeError(
-            where="loss.type",
-            found=f"ppo with {processes.count} processes",
-            expected="one process",
-            fix="start orpo-lite train without a launcher",
-        )
+def _add_ppo(model: PairModel, recipe: Recipe, inputs: Inputs) -> Iterator[Update]:
+    """Add the adapters of PPO, and yield notes."""
     reference = reference_folder(recipe)
     reward = find_adapter(str(recipe.loss.reward_adapter_name_or_path))
     for note in note_on_base(reward, inputs.base.name, REWARD):

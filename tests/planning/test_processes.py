@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_llama, write_base
+from test_families import ALONE, SHARED
 from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
@@ -15,7 +16,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.processes.memory import peaks
 from orpo_lite import plan
 from orpo_lite.base.find import fetch_weights, find_base
+from orpo_lite.errors import FitError, ModelError
 from orpo_lite.model.load import load_pair_model
+from orpo_lite.model.load_sharded import load_outer
+from orpo_lite.model.parallel import Processes
 from orpo_lite.model.sharding import divide_layer, divide_root, local_bytes
 from orpo_lite.planning.fit import fit
 from orpo_lite.planning.gathers import part_sizes
@@ -80,6 +84,31 @@ def test_a_base_that_does_not_fit_whole_is_shared_by_as_few_as_fit(deep_recipe: 
         found = fit(recipe, config, triples, "ampere", budget, None, shares)
         assert found.settings.get("shard") == shard
         assert recipe.with_memory(found.settings).memory.shards == (shard or 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (SHARED["mixtral"], "transformers converts the weights of mixtral"),
+        (
+            ALONE["bloom: ALiBi"][0],
+            "each sequence goes through bloom alone, unless memory.packing=false is set",
+        ),
+    ],
+)
+def test_auto_leaves_a_base_whole_that_loading_could_not_share(
+    make: Build, reason: str, workspace: Path, small_recipe: Build
+) -> None:
+    write_base(workspace / "base", make())
+    recipe, base = small_recipe(*FIXED, "model.dtype=bfloat16"), find_base("base", "main")
+    with pytest.raises(FitError, match=reason):
+        fit(recipe, base.config, worst_case(32, 1, has_rejected=True), "cpu", 9, None, [2])
+    report = plan(recipe, processes=2)
+    assert len(report.processes) == 1
+    assert any(reason in note for note in report.notes)
+    if "converts" in reason:
+        with pytest.raises(ModelError, match=reason):
+            load_outer(recipe, fetch_weights(base), torch.float32, Processes(cpu=True))
 
 
 def test_a_process_that_shares_the_base_has_the_planned_bytes(tmp_path: Path) -> None:
