@@ -31,7 +31,7 @@ data:
 lora: {r: 4}
 training:
   output_dir: FOLDER/run
-  num_train_epochs: 3
+  num_train_epochs: 12
   global_batch_size: 8
   learning_rate: 1e-3
   eval_steps: 0.5
