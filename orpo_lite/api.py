@@ -259,6 +259,8 @@ def _train(
     is_answering = processes.is_main or recipe.memory.shards > 1
     is_answering = is_answering and not recipe.loss.trains_reward_model
     prompts = (yield from find_prompts(recipe, inputs)) if is_answering else []
+    if recipe.memory.shards > 1:
+        prompts = processes.from_main(prompts)
     session = yield from load_session(recipe, inputs, path, processes, stop)
     if "reference" in session.objective.needs:
         yield from add_reference(session)

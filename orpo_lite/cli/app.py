@@ -86,7 +86,7 @@ def main() -> None:
             lost = LostProcessError(
                 where="this training",
                 found="another process of it ended",
-                fix="mend the error that the other process printed",
+                fix="correct the error that the other process printed",
             )
             _report(lost)
             sys.exit(lost.exit_code)
@@ -123,7 +123,7 @@ def _is_lost(error: Exception) -> bool:
     """Return whether an error was raised because another process of the training ended."""
     if not (isinstance(error, RuntimeError) and "RANK" in os.environ):
         return False
-    from orpo_lite.model.parallel import is_lost
+    from orpo_lite.ops.devices import is_lost
 
     return is_lost(error)
 

@@ -68,9 +68,13 @@ def plan(
     if as_json:
         print_json(report.to_json())
     else:
-        print_plan(report, shlex.join([recipe or "NAME", *(overrides or [])]))
+        # The plan prints its own memory.shard.
+        keys = [word for word in overrides or [] if not word.startswith("memory.shard=")]
+        print_plan(report, shlex.join([recipe or "NAME", *keys]))
     if report.is_verdict and not report.fits:
-        raise does_not_fit(report.plan, report.changes)
+        least = report.processes[-1] if report.processes else None
+        shards = least.shards if least else chosen.memory.shards
+        raise does_not_fit(least.memory if least else report.plan, report.changes, shards)
 
 
 @app.command(

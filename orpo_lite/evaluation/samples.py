@@ -9,11 +9,14 @@ from typing import Any, Literal
 from orpo_lite.base.find import load_tokenizer
 from orpo_lite.base.generation import read_generation_config
 from orpo_lite.data.dataset import PromptTokenizer
+from orpo_lite.errors import FitError, first_line
 from orpo_lite.model.generate import Answerer, Decoding
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.sharding import is_sharded
+from orpo_lite.ops.devices import is_lost, is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
+from orpo_lite.runs.commands import resume_command
 from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.records import SAMPLES, append_samples, read_samples
 from orpo_lite.updates import Update, attempt, failure
@@ -110,6 +113,8 @@ class SampleWriter:
         """Yield the updates of a training, and answer the prompts after each evaluation.
 
         After an error, no more prompts are answered during the training.
+
+        Raises FitError as :meth:`answer` does.
         """
         for update in updates:
             yield update
@@ -122,6 +127,9 @@ class SampleWriter:
         At step 0 the adapter is switched off, so the base answers. On an error, yield a note: the
         training continues without these answers. Finally return False if a signal stopped the
         answers, else True.
+
+        Raises:
+            FitError: one of the processes that share the base is out of memory.
         """
         rows = []
         if not self.prompts:
@@ -153,6 +161,16 @@ class SampleWriter:
                 for index, answer in sorted(answers.items())
             ]
         except Exception as error:
+            if is_lost(error):
+                raise
+            if is_sharded(self.model) and is_out_of_memory(error):
+                # The other processes wait for this one inside a pass.
+                raise FitError(
+                    where=f"run {self.path}",
+                    found="out of memory while prompts are answered; processes that share the "
+                    f"base cannot retry ({first_line(error)})",
+                    fix=resume_command(self.path, {"output.samples": 0}),
+                ) from error
             self.is_failing = True
             yield failure(UNANSWERED, error)
         if rows and self.processes.is_main:
@@ -161,6 +179,8 @@ class SampleWriter:
             ]
             self.is_failing = bool(notes)
             yield from notes
+        if is_sharded(self.model):  # all processes must answer the next time, or none
+            self.is_failing = self.processes.any(self.is_failing)
         return True
 
     def _is_stopping(self) -> bool:

@@ -20,7 +20,7 @@ from orpo_lite.base.generation import SAMPLING
 from orpo_lite.errors import first_line
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel
 from orpo_lite.model.sharding import from_first, is_sharded
-from orpo_lite.ops.devices import is_on_host, is_out_of_memory
+from orpo_lite.ops.devices import is_lost, is_on_host, is_out_of_memory
 from orpo_lite.ops.layers import embed_on_device, embed_on_host
 
 CACHE_BYTES = 2 << 30  # largest size of the keys and values of one batch
@@ -118,7 +118,7 @@ class Answerer:
         """Answer the prompts. Yield the answers of each batch as {index of a prompt: tokens}.
 
         The tokens do not include the end token. If the GPU is out of memory, a batch is split into
-        halves, down to single prompts.
+        halves, down to single prompts, unless processes share the base.
 
         Args:
             prompts: the tokens of each prompt.
@@ -140,7 +140,8 @@ class Answerer:
         try:
             return dict(zip(prompts, self._run([*prompts.values()], decoding), strict=True))
         except RuntimeError as error:
-            if not is_out_of_memory(error) or len(prompts) == 1:
+            # Processes that share the base must run the same passes, so none can retry alone.
+            if not is_out_of_memory(error) or len(prompts) == 1 or is_sharded(self.model):
                 raise
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -227,7 +228,7 @@ class Answerer:
                 [self._forced([ids], given[row : row + 1]) for row, ids in enumerate(prompts)], 1
             )
         except MODEL_CODE_ERRORS as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or is_lost(error):
                 raise
             return f"the model's code fails for padded rows ({first_line(error)[:80]})"
         difference = (together_SRV - alone_SRV).std() / alone_SRV.std()

@@ -171,17 +171,6 @@ def empty_weights() -> AbstractContextManager[None]:
     return context
 
 
-def is_lost(error: RuntimeError) -> bool:
-    """Return whether an error was raised because another process ended."""
-    text = str(error)
-    return (
-        isinstance(error, torch.distributed.DistError)
-        or "Connection closed by peer" in text
-        or "Connection reset by peer" in text
-        or "gloo/transport" in text
-    )
-
-
 def _count(processes: int) -> str:
     return "one process" if processes == 1 else f"{processes} processes"
 

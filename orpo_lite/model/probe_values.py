@@ -21,7 +21,7 @@ from orpo_lite.data.packing import pack_pairs, packed_tokens
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel, Route
 from orpo_lite.ops.attention import UnsupportedError
-from orpo_lite.ops.devices import is_device_error, is_out_of_memory
+from orpo_lite.ops.devices import is_device_error, is_lost, is_out_of_memory
 from orpo_lite.ops.head import packed_logps
 
 log = logging.getLogger(__name__)
@@ -234,10 +234,10 @@ def error_reason(error: Exception, route: Route) -> str:
 def describe_error(error: Exception) -> str:
     """Log the traceback of an error that the model's code raised, and return a text for a note.
 
-    The text is "TypeError; train.log has the traceback" for a TypeError. An error of the device is
-    raised again, because the model's code did not cause it.
+    The text is "TypeError; train.log has the traceback" for a TypeError. An error of the device or
+    of another process is raised again, because the model's code did not cause it.
     """
-    if is_out_of_memory(error) or is_device_error(error):
+    if is_out_of_memory(error) or is_device_error(error) or is_lost(error):
         raise error
     log.warning("the model's code failed on random tokens", exc_info=error)
     return f"{type(error).__name__}; train.log has the traceback"

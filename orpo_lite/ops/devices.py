@@ -50,6 +50,14 @@ def is_device_error(error: BaseException) -> bool:
     )
 
 
+def is_lost(error: BaseException) -> bool:
+    """Return whether an error was raised because another process of the training ended."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "gloo/transport")
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
+
+
 HOST = torch.device("cpu")
 
 _host_storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()

@@ -84,7 +84,8 @@ def does_not_fit(
         first = "set one of these; keys other than memory.* change the trained model:"
     else:
         useful = lines[-1:]
-        first = "use another base, or a GPU with more memory; no single change is enough"
+        more = "more processes, " if shards > 1 else ""
+        first = f"use another base, {more}or a GPU with more memory; no single change is enough"
     text = "\n    ".join([first, *useful])
     fitting = [change.keys for change in changes if change.fits]
     return FitError(

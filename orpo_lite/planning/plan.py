@@ -44,7 +44,8 @@ class PlanReport:
     rows: list[GpuRow]
     """One row per GPU. The first row is the GPU that ``plan`` is for."""
     changes: list[Change]
-    """Changes that need less memory; empty if the recipe fits."""
+    """Changes that need less memory; empty if the recipe fits. With several GPUs, they are changes
+    of the last of ``processes``, which needs the least memory."""
     disk: dict[str, int]
     """Bytes on disk, for the keys download, checkpoints, adapter and merged."""
     is_verdict: bool
@@ -201,7 +202,10 @@ def _report(
             notes.append(f"the processes cannot share the base: {reason}")
     # If no known GPU fits, the user's GPU does not fit either.
     is_verdict = wanted is not None or not found.fits
-    changes = planner.changes(budget, gpu) if is_verdict and not found.fits else []
+    changes = []
+    if is_verdict and not any(plan.fits for plan in [found, *(p.memory for p in several)]):
+        last = planner.sharing(several[-1].shards) if several else planner
+        changes = last.changes(budget, gpu)
     return PlanReport(
         base=name,
         plan=found,

@@ -21,8 +21,7 @@ from orpo_lite.errors import (
     RecipeError,
     first_line,
 )
-from orpo_lite.model.parallel import is_lost
-from orpo_lite.ops.devices import is_out_of_memory
+from orpo_lite.ops.devices import is_lost, is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.commands import resume_command

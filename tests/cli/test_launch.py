@@ -90,6 +90,7 @@ def test_a_base_that_does_not_fit_is_shared_and_a_shortage_of_one_process_is_rem
     LlamaForCausalLM(base).save_pretrained("base")
     text = Path("recipe.yaml").read_text("utf-8")
     recipe = text.replace("memory: {micro_batch_tokens: 128}\n", MEMORY)
+    recipe = recipe.replace("num_train_epochs: 12", "max_steps: 3")
     Path("recipe.yaml").write_text(recipe.replace("BUDGET", "1MiB"), encoding="utf-8")
     with pytest.raises(FitError) as alone:
         train(load_recipe("./recipe.yaml", []))
@@ -117,8 +118,9 @@ def test_processes_refuse_to_share_a_base_through_which_sequences_go_alone(tmp_p
     write_inputs(tmp_path)
     config = BloomConfig(vocab_size=99, hidden_size=64, n_layer=2, n_head=4, pad_token_id=0)
     BloomForCausalLM(config).save_pretrained(tmp_path / "base")
-    assert launch(tmp_path, 2, *start(2)).wait() == 4
+    few = "training.max_steps=3"
+    assert launch(tmp_path, 2, *start(2), few).wait() == 4
     said = (tmp_path / "output.txt").read_text("utf-8")
     assert said.count("would not run the same number of passes") == 1
     (fix,) = re.findall("fix: (memory.packing=false .*)", said)
-    finish(tmp_path, 2, *start(2), *fix.split())
+    finish(tmp_path, 2, *start(2), few, *fix.split())

@@ -27,10 +27,14 @@ def test_other_errors_are_no_lack_of_memory() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [*OUT_OF_MEMORY, torch.AcceleratorError("CUDA error: device-side assert triggered")],
+    [
+        *OUT_OF_MEMORY,
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"),
+    ],
     ids=str,
 )
-def test_an_error_of_the_device_is_not_taken_for_a_fault_of_the_model(
+def test_an_error_of_the_device_or_of_another_process_is_not_taken_for_a_fault_of_the_model(
     error: RuntimeError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison at load would go on by a slower route, and say that the model's code fails."""
