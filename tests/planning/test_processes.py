@@ -103,10 +103,10 @@ def test_auto_leaves_a_base_whole_that_loading_could_not_share(
     recipe, base = small_recipe(*FIXED, "model.dtype=bfloat16"), find_base("base", "main")
     with pytest.raises(FitError, match=reason):
         fit(recipe, base.config, worst_case(32, 1, has_rejected=True), "cpu", 9, None, [2])
-    report = plan(recipe, processes=2)
-    assert len(report.processes) == 1
-    assert any(reason in note for note in report.notes)
     if "converts" in reason:
+        report = plan(recipe, processes=2)
+        assert len(report.processes) == 1
+        assert any(reason in note for note in report.notes)
         with pytest.raises(ModelError, match=reason):
             load_outer(recipe, fetch_weights(base), torch.float32, Processes(cpu=True))
 
