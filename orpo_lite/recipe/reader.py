@@ -7,6 +7,7 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,7 @@ def _fix_with(path: Path, program: str) -> Command:
     return Command(f"{program} {shlex.quote(str(path))} > {new}", f", then --recipe {new}")
 
 
+@lru_cache(maxsize=8)  # a command reads the recipe of a run several times
 def _nodes(text: str, where: str) -> Any:
     """Return the root node of a YAML text, or None if the text is empty.
 

@@ -366,7 +366,8 @@ class Recipe(Section):
 
         A place is "default", "NAME.yaml:LINE" or "command line".
         """
-        return {key: self._sources.get(key, "default") for key, _ in self.items()}
+        places = self._sources  # looked up once: pydantic searches for a private attribute
+        return {key: places.get(key, "default") for key, _ in self.items()}
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -207,10 +207,11 @@ def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> 
     """
     changed: dict[str, Any] = {}
     refused: dict[str, Any] = {}
+    sources = recipe.sources
     for key, value in recipe.items():
         if key == OUTPUT_DIR or key not in in_force:
             continue
-        is_set = recipe.sources[key] != "default" or value != _DEFAULTS.get(key)
+        is_set = sources[key] != "default" or value != _DEFAULTS.get(key)
         if not is_set or _is_same(key, value, in_force[key]):
             continue
         is_moved = key in MOVABLE and _is_local(value) and _is_local(in_force[key])
@@ -218,8 +219,8 @@ def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> 
             changed[key] = value
         else:
             refused[key] = value
-    back = {key: in_force[key] for key in refused if recipe.sources[key] != "command line"}
-    new = {key: value for key, value in refused.items() if recipe.sources[key] == "command line"}
+    back = {key: in_force[key] for key in refused if sources[key] != "command line"}
+    new = {key: value for key, value in refused.items() if sources[key] == "command line"}
     resume = resume_command(path, {**_given_here(recipe, changed), **back})
     anew = new_run_command(path, new)
     text = (
@@ -230,7 +231,7 @@ def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> 
     raise_all(
         [
             CheckpointError(
-                where=_place(path, recipe.sources[key]),
+                where=_place(path, sources[key]),
                 found=f"{key}: {to_text(value)}",
                 expected=f"{to_text(in_force[key])}, as at the start of the run",
                 fix=fix,
