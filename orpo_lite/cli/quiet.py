@@ -1,6 +1,7 @@
 """Keep the messages and progress bars of libraries off the screen."""
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -27,15 +28,13 @@ def is_first_process() -> bool:
 
 
 @contextlib.contextmanager
-def quiet(*, computes: bool = True, reads_data: bool = True) -> Iterator[None]:
+def quiet(*, reads_data: bool = True) -> Iterator[None]:
     """Send the messages of libraries to Python's logging, which writes them to train.log.
 
     bitsandbytes prints while it is imported. transformers, datasets and peft log messages and draw
     progress bars. The bars of huggingface_hub are kept, because a download may take long.
 
     Args:
-        computes: False if the command computes nothing. Then bitsandbytes does not import the
-            compiler of torch, and the command starts some seconds earlier.
         reads_data: False if the command reads no data. Then the library datasets is not imported.
     """
     warnings.simplefilter("default")
@@ -47,7 +46,7 @@ def quiet(*, computes: bool = True, reads_data: bool = True) -> Iterator[None]:
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
-        contextlib.nullcontext() if computes else _without_compiler(),
+        _compiling_late(),
     ):
         import bitsandbytes  # noqa: F401
     import transformers
@@ -67,15 +66,32 @@ def quiet(*, computes: bool = True, reads_data: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Make torch.compile return functions unchanged inside the ``with`` block."""
-    name = "TORCHDYNAMO_DISABLE"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def _compiling_late() -> Iterator[None]:
+    """Make torch.compile load torch's compiler at the first call of a function that it returned.
+
+    bitsandbytes calls torch.compile while it is imported. To load the compiler takes some seconds,
+    and few devices call these functions of bitsandbytes.
+    """
+    import torch
+
+    compile_now: Any = torch.compile
+
+    def compile_late(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return functools.partial(compile_late, **options)
+
+        @functools.cache
+        def compiled() -> Any:
+            return compile_now(function, **options)
+
+        @functools.wraps(function)
+        def run(*args: Any, **arguments: Any) -> Any:
+            return compiled()(*args, **arguments)
+
+        return run
+
+    torch.compile = compile_late  # type: ignore[assignment]
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        torch.compile = compile_now

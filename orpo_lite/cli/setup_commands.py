@@ -59,7 +59,7 @@ def plan(
 ) -> None:
     """Show whether a recipe fits a GPU, how fast it is and what to change. Reads no weights."""
     chosen = choose_recipe(recipe, None, overrides or [], command="plan")
-    with quiet(computes=False, reads_data=with_data):
+    with quiet(reads_data=with_data):
         from orpo_lite.planning.fit import does_not_fit
         from orpo_lite.planning.plan import plan_events
 
