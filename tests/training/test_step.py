@@ -1,9 +1,6 @@
 """The gradient of an optimizer step is the same however its pairs are cut into micro-batches, rows and processes."""
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
 from conftest import in_float64, ragged_pairs, tiny_llama, tiny_opt, write_base
 from peft import LoraConfig, get_peft_model
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from benchmarks.lengths import idle_share, shipped
 from orpo_lite.base.find import fetch_weights, find_base
@@ -255,7 +254,6 @@ def test_processes_get_nearly_equal_numbers_of_tokens(count: int, most: float) -
 
 PROCESS = """
 import sys
-import torch
 sys.path[:0] = sys.argv[2:]
 from test_step import gradients_of_processes
 gradients_of_processes(sys.argv[1])
@@ -355,33 +353,24 @@ def evaluation(model: Any, processes: Processes) -> tuple[dict[str, float], torc
             return end.value[0], torch.stack(end.value[1])
 
 
-def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
+def test_two_processes_give_the_gradient_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Launched by accelerate, whose launcher runs here: to import it takes as long as the steps."""
     write_base(tmp_path / "base")
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-    ]
-    launch += [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # nothing here compiles; it loads for seconds
     here = Path(__file__).parent
-    launch += [str(script), str(tmp_path), str(here), str(here.parent), str(here.parent / "model")]
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    folders = map(str, (tmp_path, here, here.parent, here.parent / "model"))
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    options += " --dynamo_backend no --main_process_port 0"
+    arguments = [*options.split(), str(script), *folders]
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except ChildFailedError:
+        pytest.fail(capfd.readouterr().err[-3000:])
     saved = torch.load(tmp_path / "gradients.pt")
     model = lora_model(tiny_llama())
     for reduction, only in REDUCTIONS:
