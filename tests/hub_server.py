@@ -407,6 +407,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(_http, "REPO_API_REGEX", re.compile(r"/api/models/.+|/resolve/"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    # This hub has no certificate. Without this, each client reads those of the machine.
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
     close_session()  # one without the proxies of this machine
     yield server
     server.stop()
