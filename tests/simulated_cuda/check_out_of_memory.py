@@ -128,6 +128,23 @@ def test_a_run_ends_with_what_to_do_and_goes_on_so(
     assert Path("run/merged/config.json").exists()
 
 
+def test_the_answers_and_then_a_step_run_short(
+    out_of_memory: Callable[..., None], call: Call, workspace: Path
+) -> None:
+    """In one training: the answers cost no adapter, and the step is repeated in smaller pieces."""
+    out_of_memory("driver", "orpo_lite.evaluation.samples.Answerer", after=5)
+    out_of_memory("cublas", "orpo_lite.training.step.accumulate", call=2)
+    code, said, complaint = without_fault(train(call))
+    assert code == 0, complaint
+    assert "out of memory at step 2: the step is repeated" in said
+    assert [row["step"] for row in read_metrics(Path("run")) if "loss" in row] == [1, 2, 3]
+    assert "prompts are not answered: CUDA" in said
+    assert Path("run/adapter/adapter_model.safetensors").exists()
+    assert Path("run/merged/config.json").exists()
+    assert Path("run/README.md").exists()
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "after"), combined("cublas", [0, 40, 90]))
 def test_a_step_is_done_again_in_smaller_pieces(
     kind: str, after: int, out_of_memory: Callable[..., None], call: Call, workspace: Path
@@ -140,6 +157,7 @@ def test_a_step_is_done_again_in_smaller_pieces(
     assert steps == [1, 2, 3]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "after"), combined("driver", [5, 60]))
 def test_answers_cost_no_adapter(
     kind: str, after: int, out_of_memory: Callable[..., None], call: Call, workspace: Path
