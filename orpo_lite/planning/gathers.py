@@ -64,7 +64,7 @@ class _Gathers:
     def before_forward(self, layer: int) -> None:
         """Gather a layer, unless it runs again in the backward pass."""
         if not self._is_backward:
-            before = self._buffer
+            before = self._buffer  # of the layer before; it lives until this layer is copied out
             self._fill_buffer(layer)
             self._matrices = self._allocate(*self._sizes[layer])
             del before
