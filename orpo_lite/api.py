@@ -69,6 +69,7 @@ from orpo_lite.training.session import (
     load_session,
     refuse_fewer_steps,
     refuse_other_pairs,
+    refuse_other_recipes,
     restore_session,
 )
 from orpo_lite.training.state import TrainState
@@ -121,6 +122,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     check_processes(recipe, processes.count)
     if processes.is_main:
         yield Update("note", describe_device(processes.device))
+    refuse_other_recipes(recipe, processes)
     recipe = yield from _prepare_recipe(recipe, processes, resume=resume)
     adapters = find_read_adapters(recipe, path)
     resolved = demo.resolve_builtin(recipe).override(

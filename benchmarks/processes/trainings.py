@@ -229,7 +229,7 @@ def kill(
     psutil.wait_procs(family, timeout=max(0.0, LIMIT - (time.monotonic() - began)))
     seconds = time.monotonic() - began
     text = (folder / "output.txt").read_text("utf-8")
-    command = "fix: orpo-lite launch --processes 2 -- train "
+    command = "  fix: orpo-lite launch --processes 2 -- train "
     said = re.findall(rf"process {rank} was ended by SIGKILL.*\n{re.escape(command)}(.*)\n", text)
     fault = ""
     if any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family):

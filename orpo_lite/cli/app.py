@@ -101,10 +101,12 @@ def main() -> None:
 def _report(error: OrpoLiteError) -> None:
     """Print an error. If several processes raise it, print it in full only once."""
     from orpo_lite.runs.commands import LAUNCHER
+    from orpo_lite.runs.interrupt import Interrupted
 
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     is_lost = isinstance(error, LostProcessError)
-    if LAUNCHER in os.environ and file:
+    is_stopped = isinstance(error, Interrupted)  # all processes stop at the same step
+    if LAUNCHER in os.environ and file and not is_stopped:
         # `orpo-lite launch` prints the error of the process that failed first.
         if not is_lost:
             said = {
@@ -115,7 +117,7 @@ def _report(error: OrpoLiteError) -> None:
             Path(file).write_text(json.dumps(said), encoding="utf-8")
     elif is_first_process():
         err.print(str(error))
-    elif not is_lost:
+    elif not is_lost and not is_stopped:
         err.print(f"process {os.environ['RANK']}: {error.found}")
 
 
@@ -130,7 +132,8 @@ def _is_lost(error: Exception) -> bool:
 
 def print_stopped() -> None:
     """Print that the command was stopped by Ctrl-C."""
-    err.print("stopped; nothing more was saved")
+    if is_first_process():
+        err.print("stopped; nothing more was saved")
 
 
 def _leave(code: int) -> NoReturn:

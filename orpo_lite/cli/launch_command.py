@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typer.core import TyperGroup
 
 from orpo_lite.cli.app import DURING, app, choose_recipe
 from orpo_lite.cli.console import err
-from orpo_lite.errors import Command, RecipeError
+from orpo_lite.errors import Command, LostProcessError, RecipeError, first_line
 
 SAVE_SECONDS = 3600
 """Seconds to finish and save a step after a signal. torch's default of 30 is less than a step."""
@@ -55,6 +56,13 @@ def launch(
     error, the others are stopped, and the first error is the only one that is printed.
     """
     words = words or []
+    if words and words[0].startswith("-"):
+        raise RecipeError(
+            where="orpo-lite launch",
+            found=f"{words[0]} is not one of its options",
+            expected="its own options, then -- and the command train with its words",
+            fix=Command("orpo-lite launch --help"),
+        )
     if not words or words[0] != "train":
         found = f"the command is {words[0]}" if words else "there is no command"
         raise RecipeError(
@@ -70,26 +78,39 @@ def launch(
             expected="the name or address of machine 0, which the others can reach",
             fix="--main-address HOST",
         )
+    if machines == 1 and (machine_rank or main_address):
+        option = "--machine-rank" if machine_rank else "--main-address"
+        raise RecipeError(
+            where="orpo-lite launch",
+            found=f"{option} without --machines",
+            expected="the number of machines",
+            fix="--machines 2",
+        )
     if machine_rank >= machines:
         raise RecipeError(
             where="orpo-lite launch",
             found=f"--machine-rank {machine_rank} with --machines {machines}",
-            expected=f"a number from 0 to {machines - 1}",
-            fix="--machine-rank 0",
+            expected=f"a number from 0 to {machines - 1}, another one on each machine",
+            fix=f"--machines {machine_rank + 1}",
         )
     # The words are read here too, so that a wrong recipe is reported once and at once.
     command = cast(TyperGroup, typer.main.get_command(app)).commands["train"]
     parsed = command.make_context("train", [*words[1:]], parent=context.parent)
     chosen = choose_recipe(
-        parsed.params["recipe"], parsed.params["resume"], parsed.params["overrides"] or []
+        parsed.params["recipe"],
+        parsed.params["resume"],
+        parsed.params["overrides"] or [],
+        command="launch --processes 2 -- train",
     )
-    if parsed.params["dry_run"]:
-        command.invoke(parsed)
-        return
     from orpo_lite.model.parallel import check_processes
 
     count = _count_processes(processes)
     check_processes(chosen, count * machines)
+    if parsed.params["dry_run"]:
+        command.invoke(parsed)
+        return
+    if main_address:
+        _check_address(main_address, main_port, is_own=machine_rank == 0)
     launched = Launch(count, machines, machine_rank, main_address or "", main_port)
     raise typer.Exit(launched.run(words, Path(chosen.training.output_dir)))
 
@@ -122,8 +143,10 @@ class Launch:
         Returns:
             The exit code of the first process that failed, or 0.
         """
+        from torch.distributed import DistError
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous import RendezvousError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
         from orpo_lite.runs.commands import LAUNCHER, resume_command
@@ -144,6 +167,8 @@ class Launch:
             shutdown_timeout=SAVE_SECONDS,
         )
         _hush()
+        if not one:
+            err.print(f"waiting for {self.machines} machines at {config.rdzv_endpoint} ...")
         try:
             elastic_launch(config, entrypoint=sys.executable)("-m", "orpo_lite", *words)
         except ChildFailedError as error:
@@ -157,6 +182,8 @@ class Launch:
                 return int(told[rank].error_file_data["exit_code"])
             rank, failure = error.get_first_failure()
             if failure.exitcode >= 0:
+                if failure.exitcode == LostProcessError.exit_code and not one:
+                    err.print("a process of another machine ended; see what was printed there")
                 return int(failure.exitcode)
             name = signal.Signals(-failure.exitcode).name
             err.print(f"process {rank} was ended by {name}; the other processes are stopped")
@@ -164,10 +191,18 @@ class Launch:
                 again = resume_command(path)
             else:  # nothing was trained yet
                 again = Command(f"{self.command} {shlex.join(words)}")
-            err.print(f"fix: {again}")
+            err.print(f"  fix: {again}")
             return 128 - failure.exitcode
         except SignalException as stopped:
             return 128 + int(stopped.sigval)
+        except (RendezvousError, DistError) as error:
+            raise RecipeError(
+                where="orpo-lite launch",
+                found=f"the machines did not find each other ({first_line(error)})",
+                expected=f"this command on each of {self.machines} machines within 15 minutes, "
+                "with another --machine-rank",
+                fix="check --main-address and --main-port, and that machine 0 can be reached there",
+            ) from error
         return 0
 
 
@@ -190,7 +225,35 @@ def _count_processes(wanted: int | None) -> int:
 
 
 def _hush() -> None:
-    """Keep the launcher's own messages off the screen: each process reports its error itself."""
+    """Keep the launcher's own messages off the screen: it prints the errors of the processes."""
     import logging
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    names = [name for name in logging.root.manager.loggerDict if "torch.distributed" in name]
+    for name in ("torch.distributed", *names):  # torch sets a level for each of them
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _check_address(host: str, port: int, *, is_own: bool) -> None:
+    """Raise RecipeError if machine 0 has no address, or if its port is in use.
+
+    ``is_own``: whether this is machine 0.
+    """
+    try:
+        socket.getaddrinfo(host, port)
+        if is_own:
+            with socket.create_server(("", port)):
+                pass
+    except socket.gaierror as error:
+        raise RecipeError(
+            where=f"--main-address {host}",
+            found=f"no such host ({error.strerror})",
+            expected="the name or address of machine 0, which the others can reach",
+            fix="--main-address HOST",
+        ) from error
+    except OSError as error:
+        raise RecipeError(
+            where=f"--main-port {port}",
+            found=f"the port cannot be used ({error.strerror})",
+            expected="a free port of machine 0, the same on all machines",
+            fix=f"--main-port {port + 1 if port < 65535 else 29500}",
+        ) from error

@@ -161,7 +161,7 @@ def _pairs(count: int) -> str:
 
 def _print_processes(forms: "list[ProcessPlan]", recipe: str) -> None:
     """Print the plans for several GPUs, the formulas of their figures, and which one to use."""
-    from orpo_lite.recipe.text import gib
+    from orpo_lite.recipe.text import gib, to_text
 
     first = forms[0]
     gpu = first.memory.gpu.name if first.memory.gpu else "device"
@@ -181,6 +181,9 @@ def _print_processes(forms: "list[ProcessPlan]", recipe: str) -> None:
     print_columns(rows)
     for name, form in zip(names, forms, strict=True):
         out.print(f"\n{name}:")
+        settings = form.memory.settings.items()
+        words = [f"memory.{key}={to_text(value)}" for key, value in settings if key != "shard"]
+        out.print(f"  memory settings: {' '.join(words)}")
         for line in form.formulas():
             out.print(f"  {line}")
     fitting = [form for form in forms if form.memory.fits]
@@ -188,7 +191,8 @@ def _print_processes(forms: "list[ProcessPlan]", recipe: str) -> None:
         out.print(f"\nneither fits on {first.processes} GPUs")
         return
     best = min(fitting, key=lambda form: form.seconds)
-    why = "fits and is faster" if len(fitting) == len(forms) > 1 else "fits"
+    is_faster = any(form.seconds > best.seconds for form in fitting)
+    why = "fits and is faster" if is_faster else "fits"
     setting = f"memory.shard={best.shards if best.shards > 1 else 'off'}"
     launch = f"orpo-lite launch --processes {first.processes} -- train"
     out.print(f"\n{setting} {why}: {launch} --recipe {recipe} {setting}")

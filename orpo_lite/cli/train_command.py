@@ -1,5 +1,9 @@
 """Define the command ``train``."""
 
+import ctypes
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +29,9 @@ RESUME = (
 )
 
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
 @app.command(rich_help_panel=DURING, epilog="Example: orpo-lite train --recipe demo")
 def train(
     overrides: Annotated[list[str] | None, recipe_keys("lora.r=8")] = None,
@@ -47,6 +54,7 @@ def train(
         if resume is None:  # a run has copies of its adapters
             _print_missing_adapters(chosen)
         return
+    _end_with_launcher()
     with quiet():
         from orpo_lite.api import train_events
 
@@ -54,6 +62,17 @@ def train(
         result = draw(updates, silent=not is_first_process())
         if is_first_process():
             finish(chosen, result)
+
+
+def _end_with_launcher() -> None:
+    """Make Linux send SIGTERM to a process of `orpo-lite launch` when the launcher is killed.
+
+    Otherwise the processes would train on and hold their GPUs. SIGTERM saves the step first.
+    """
+    from orpo_lite.runs.commands import LAUNCHER
+
+    if LAUNCHER in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _print_values(recipe: "Recipe") -> None:

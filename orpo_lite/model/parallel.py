@@ -158,10 +158,11 @@ def check_processes(recipe: Recipe, count: int) -> None:
             expected="a number that divides the number of processes",
             fix=Overrides(
                 {"memory.shard": "off"},
-                text=f"start with `orpo-lite launch --processes {shards}`, or set memory.shard=off",
+                text="memory.shard=off; or write "
+                f"`orpo-lite launch --processes {shards} --` in place of `orpo-lite`",
             )
             if count == 1
-            else Overrides({"memory.shard": count}),
+            else Overrides({"memory.shard": "auto"}),
         )
 
 
@@ -169,6 +170,13 @@ def empty_weights() -> AbstractContextManager[None]:
     """Return a context in which a model is built with buffers, but without memory for weights."""
     context: AbstractContextManager[None] = init_empty_weights(include_buffers=False)
     return context
+
+
+def describe_processes(count: int, shards: int) -> str:
+    """Return a text for the user: the processes of a training, and who holds the base."""
+    if shards == 1:
+        return f"{count} processes, each with the whole base (memory.shard=off)"
+    return f"{count} processes, of which {shards} share a base (memory.shard={shards})"
 
 
 def _count(processes: int) -> str:

@@ -105,7 +105,8 @@ def plan(recipe: Recipe, *, with_data: bool = False, processes: int = 1) -> Plan
             of a shipped recipe, reading the configuration needs no network.
         with_data: if True, tokenize the data and plan for its longest pairs. If False, plan for
             pairs of two sequences of ``data.max_length`` tokens with no common prefix.
-        processes: the number of GPUs. With more than one, the report has plans for them too.
+        processes: the number of GPUs. With more than one, the report has plans for them too. It is
+            at least ``memory.shard``.
 
     Raises:
         OrpoLiteError: the base or the data cannot be read.
@@ -119,6 +120,7 @@ def plan_events(
     recipe: Recipe, *, with_data: bool = False, processes: int = 1
 ) -> Generator[Update, None, PlanReport]:
     """Yield the progress of :func:`plan`; finally return its result."""
+    processes = max(processes, recipe.memory.shards)
     if processes > 1:
         check_processes(recipe, processes)
     asked_name, missing = recipe.model.model_name_or_path, missing_adapters(recipe)

@@ -76,6 +76,12 @@ class ProcessPlan:
             f"{self.gradient_bytes:,} B",
         ]
         if shards > 1:
+            base = self.memory.measured.held["base"]
+            whole = base - self.divided // shards
+            lines.append(
+                f"base = {self.divided:,} B of matrices / {shards} + {whole:,} B of each process, "
+                f"such as the statistics of the quantisation = {base:,} B"
+            )
             lines.append(
                 f"layers received = {GATHERS_PER_PASS} gathers x {self.passes} passes x "
                 f"({shards} - 1) / {shards} x {self.divided:,} B = {self.weight_bytes:,} B"
@@ -94,12 +100,17 @@ class ProcessPlan:
         """Return the plan as a dict for JSON. Sizes are in bytes, and times in seconds."""
         return {
             "shard": self.shards if self.shards > 1 else "off",
+            "gpu": self.memory.gpu.name if self.memory.gpu else None,
             "fits": self.memory.fits,
             "needed_bytes": self.memory.needed,
             "parts": self.memory.parts,
             "allowances": self.memory.allowances,
+            "loading_bytes": self.memory.measured.loading,
             "levers": dict(self.memory.settings),
+            "pairs": self.pairs,
             "passes": self.passes,
+            "link": self.link[0],
+            "link_bytes_per_second": self.link[1],
             "gradient_bytes_sent": self.gradient_bytes,
             "layer_bytes_received": self.weight_bytes,
             "computing_seconds": self.computing_seconds,

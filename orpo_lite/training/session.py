@@ -19,21 +19,24 @@ from orpo_lite.errors import (
     Command,
     DataError,
     FitError,
+    LostProcessError,
     ModelError,
     Overrides,
+    RecipeError,
     first_line,
 )
 from orpo_lite.model.load import choose_dtype, load_pair_model
 from orpo_lite.model.memory import checkpoint_first_layers
 from orpo_lite.model.optimizer import lr_factor, make_optimizer, whole_steps
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.model.parallel import Processes
+from orpo_lite.model.parallel import Processes, describe_processes
 from orpo_lite.model.ppo_adapters import add_ppo_adapters
 from orpo_lite.model.probe import probe, probe_operations
 from orpo_lite.model.sharding import is_sharded
 from orpo_lite.objectives.objective import Objective, find_objective
 from orpo_lite.ops.devices import device_kind, is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
+from orpo_lite.recipe.text import to_text
 from orpo_lite.runs.commands import resume_command
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.runs.inputs import Inputs
@@ -127,6 +130,8 @@ def load_session(
         FitError: there is not enough memory or disk space.
         ModelError: the model cannot be loaded, or the comparison shows that it cannot be trained.
     """
+    if processes.count > 1:
+        yield Update("note", describe_processes(processes.count, recipe.memory.shards))
     yield Update("stage", f"loading {inputs.base.name}")
     objective = find_objective(recipe.loss)
     try:
@@ -224,6 +229,36 @@ def refuse_other_pairs(recipe: Recipe, inputs: Inputs, processes: Processes) -> 
             expected="the same data, tokenizer and chat template on each machine",
             fix="copy the data and the model from one machine to the others",
         )
+
+
+SAME_EVERYWHERE = ("loss.", "lora.", "quantization.", "training.", "memory.", "output.")
+"""Sections that all processes must have alike. Paths of models and data may differ by machine."""
+
+
+def refuse_other_recipes(recipe: Recipe, processes: Processes) -> None:
+    """Raise an error if a process of a training has another recipe than the first one.
+
+    Each process reads the recipe itself, on its own machine. With another seed or learning rate,
+    the processes would train on different steps without an error.
+    """
+    own = {key: value for key, value in recipe.items() if key.startswith(SAME_EVERYWHERE)}
+    first = processes.from_main(own)
+    others = [key for key in own if own[key] != first[key]]
+    if not processes.any(bool(others)):
+        return
+    if not others:
+        raise LostProcessError(
+            where="this training",
+            found="a process on another machine has another recipe",
+            fix="see what was printed there",
+        )
+    key = others[0]
+    raise RecipeError(
+        where=recipe.sources[key],
+        found=f"{key}={to_text(own[key])} in process {processes.rank}",
+        expected=f"{to_text(first[key])}, as in process 0",
+        fix=Overrides({key: first[key]}),
+    )
 
 
 def refuse_fewer_steps(recipe: Recipe, inputs: Inputs, path: Path) -> None:

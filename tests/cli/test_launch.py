@@ -27,10 +27,13 @@ Call = Callable[..., Answer]
         ("--processes 2", "there is no command", "orpo-lite launch --processes 2 -- train --recipe demo"),
         ("--processes 2 -- merge run", "the command is merge", "-- train --recipe demo"),
         ("--machines 2 -- train --recipe demo", "--machines 2 without --main-address", "--main-address HOST"),
-        ("--machines 2 --machine-rank 2 --main-address a -- train", "--machine-rank 2", "--machine-rank 0"),
+        ("--machines 2 --machine-rank 2 --main-address a -- train", "--machine-rank 2", "--machines 3"),
         ("--processes 2 -- train --recipe no-such", "no shipped recipe has this name", "recipes ls"),
         ("--processes 2 -- train --recipe demo lora.rr=3", "unknown key lora.rr", "lora.r"),
-        ("--processes 2 -- train --recipe demo memory.shard=3", "memory.shard=3 with 2", "memory.shard=2"),
+        ("--processes 2 -- train --recipe demo memory.shard=3", "memory.shard=3 with 2", "memory.shard=auto"),
+        ("--processes 2 -- train --recipe demo memory.shard=3 --dry-run", "memory.shard=3 with 2", "memory.shard=auto"),
+        ("--machine 2 -- train --recipe demo", "--machine is not", "launch --help"),
+        ("--machines 2 --main-address no-such-host.invalid -- train --recipe demo", "no such host", "--main-address"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_a_process_starts(

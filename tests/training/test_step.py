@@ -25,7 +25,7 @@ from orpo_lite.data.packing import (
     pad_pairs,
 )
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.errors import DataError
+from orpo_lite.errors import OrpoLiteError
 from orpo_lite.model import held_out
 from orpo_lite.model.load import load_pair_model
 from orpo_lite.model.pair_model import PairModel
@@ -37,7 +37,7 @@ from orpo_lite.objectives.objective import Divisors, find_objective
 from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
-from orpo_lite.training.session import refuse_other_pairs
+from orpo_lite.training.session import refuse_other_pairs, refuse_other_recipes
 from orpo_lite.training.step import accumulate, seed_dropout
 
 PADDED = Batching(
@@ -288,17 +288,25 @@ def gradients_of_processes(folder: str) -> None:
 
 
 def refusals_of_other_tokens(processes: Processes) -> list[str]:
-    """What is said if the processes have the same tokens, other tokens, and other held-out rows."""
+    """What the first process says of the same tokens, other tokens, other held-out rows and recipes."""
     said = []
     for digest, rows in (("a", 3), (f"{processes.rank}", 3), ("a", 3 + processes.rank)):
         pairs: Any = SimpleNamespace(sha256=digest, rows=np.arange(rows))
         inputs: Any = SimpleNamespace(train=pairs, test=pairs)
-        try:
-            refuse_other_pairs(recipe(), inputs, processes)
-            said.append("")
-        except DataError as error:
-            said.append(error.found)
+        said.append(refusal(refuse_other_pairs, recipe(), inputs, processes))
+    for key in ("data__test_split_size", "training__learning_rate"):  # tokens have their own hash
+        settings = recipe(**{key: 0.1 + processes.rank / 10})
+        said.append(refusal(refuse_other_recipes, settings, processes))
     return said
+
+
+def refusal(check: Callable[..., None], *arguments: Any) -> str:
+    """What a check finds; "" if nothing."""
+    try:
+        check(*arguments)
+    except OrpoLiteError as error:
+        return error.found
+    return ""
 
 
 def of_shared_base(folder: str, processes: Processes) -> dict[str, Any]:
@@ -396,7 +404,8 @@ def test_two_processes_give_the_gradient_of_one(
     assert off[2] == shared[2] == []
     assert saved["share of the base"] == 0.5
     different = "the processes have different tokens"
-    assert saved["other tokens"] == ["", different, different]
+    another = "a process on another machine has another recipe"
+    assert saved["other tokens"] == ["", different, different, "", another]
     metrics, scores = saved["evaluation"]
     expected_metrics, expected_scores = evaluation(model, Processes(cpu=True))
     assert metrics == pytest.approx(expected_metrics, rel=1e-6)
