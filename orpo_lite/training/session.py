@@ -166,7 +166,9 @@ def load_session(
                 found="each sequence goes through this model alone, so processes that share the "
                 "base would not run the same number of passes",
                 expected="the same number of passes in each process",
-                fix=Overrides({"memory.packing": False, "memory.micro_batch_tokens": "auto"}),
+                fix=resume_command(
+                    path, {"memory.packing": False, "memory.micro_batch_tokens": "auto"}
+                ),
             )
         pair_model.drop_output_head()
         if processes.device.type == "cuda":

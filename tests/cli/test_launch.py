@@ -125,5 +125,5 @@ def test_processes_refuse_to_share_a_base_through_which_sequences_go_alone(tmp_p
     assert launch(tmp_path, 2, *start(2), few).wait() == 4
     said = (tmp_path / "output.txt").read_text("utf-8")
     assert said.count("would not run the same number of passes") == 1
-    (fix,) = re.findall("fix: (memory.packing=false .*)", said)
-    finish(tmp_path, 2, *start(2), few, *fix.split())
+    (fix,) = re.findall("fix: orpo-lite launch --processes 2 -- train (.*)", said)
+    finish(tmp_path, 2, *shlex.split(fix))
