@@ -35,6 +35,11 @@ def divided_bytes(layer: Any, shards: int) -> int:
     return sum(map(rounded, part_sizes(layer, shards)))
 
 
+def largest_layer(model: PairModel) -> int:
+    """Return the bytes of the matrices that processes divide, of the largest layer."""
+    return max((divided_bytes(layer, 1) for layer in model.layers), default=0)
+
+
 class _Gathers:
     """The gathered layers at each moment of a pass.
 

@@ -26,7 +26,7 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.ops.devices import META, is_on_host
 from orpo_lite.ops.segments import clear_row_caches
-from orpo_lite.planning.gathers import counting_gathers, divided_bytes
+from orpo_lite.planning.gathers import counting_gathers, divided_bytes, largest_layer
 from orpo_lite.planning.meter import LiveBytes, allocated_bytes
 from orpo_lite.planning.on_meta import (
     Triples,
@@ -280,9 +280,7 @@ def loading_bytes(model: PairModel, resident: Mapping[str, int], shards: int) ->
         if hasattr(parameter, "quant_state")
     ]
     unquantised_bytes = (LOADERS if shards == 1 else 1) * 2 * max(quantised, default=0)
-    layer = 0
-    if shards > 1:
-        layer = max((divided_bytes(layer, 1) for layer in model.layers), default=0)
+    layer = largest_layer(model) if shards > 1 else 0
     base = resident["base"] + resident["embeddings, head, norms"]
     return base + layer + offloaded_embedding_bytes(model) + unquantised_bytes
 

@@ -199,8 +199,9 @@ def _report(
     if processes > 1:
         yield Update("stage", f"planning for {processes} processes")
         whole = found if recipe.memory.shards == 1 else planner.sharing(1).plan(budget, gpu)
-        several = plan_processes(planner, whole, gpu, budget, processes)
-        if recipe.memory.shard != "off" and (reason := why_not_shared(planner)):
+        reason = why_not_shared(planner) if recipe.memory.shard != "off" else ""
+        several = plan_processes(planner, whole, gpu, budget, processes, can_share=not reason)
+        if reason:
             notes.append(f"the processes cannot share the base: {reason}")
     # If no known GPU fits, the user's GPU does not fit either.
     is_verdict = wanted is not None or not found.fits

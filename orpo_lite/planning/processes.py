@@ -9,7 +9,7 @@ from typing import Any
 
 from orpo_lite.planning.gpus import Gpu, find_link
 from orpo_lite.planning.search import MemoryPlan, Planner
-from orpo_lite.planning.share import possible_shares, why_not_shared
+from orpo_lite.planning.share import possible_shares
 
 GATHERS_PER_PASS = 2
 """Times that a pass gathers each layer: for the forward and for the backward pass."""
@@ -119,13 +119,18 @@ class ProcessPlan:
 
 
 def plan_processes(
-    planner: Planner, whole: MemoryPlan, gpu: Gpu, budget: int, processes: int
+    planner: Planner,
+    whole: MemoryPlan,
+    gpu: Gpu,
+    budget: int,
+    processes: int,
+    *,
+    can_share: bool,
 ) -> list[ProcessPlan]:
     """Return the plans with the whole base on each GPU, and with a shared base.
 
     The base is shared by ``memory.shard`` processes. With off, there is no such plan. With auto, it
-    is shared by the smallest number of processes that fits, or by all. There is none if
-    :func:`orpo_lite.planning.share.why_not_shared` gives a reason.
+    is shared by the smallest number of processes that fits, or by all.
 
     Args:
         planner: the planner of a recipe, for one GPU.
@@ -133,6 +138,7 @@ def plan_processes(
         gpu: the kind of all GPUs.
         budget: bytes that each GPU may use.
         processes: the number of GPUs.
+        can_share: whether processes can share this base. If not, there is only the first plan.
     """
     recipe = planner.recipe
     pairs = -(-recipe.training.global_batch_size // processes)
@@ -140,7 +146,7 @@ def plan_processes(
     found = [ProcessPlan(processes, 1, whole, pairs, divided, link)]
     numbers: Sequence[int] = [recipe.memory.shards] if recipe.memory.shards > 1 else []
     wanted = numbers or possible_shares(recipe, processes)
-    for shards in [] if why_not_shared(planner) else wanted:
+    for shards in wanted if can_share else []:
         plan = planner.sharing(shards).plan(budget, gpu)
         if plan.fits or shards == processes or numbers:
             found.append(ProcessPlan(processes, shards, plan, pairs, divided, link))

@@ -18,7 +18,7 @@ import torch
 from orpo_lite.model.load import choose_dtype
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.planning.extrapolate import LayerExtrapolation, seconds
-from orpo_lite.planning.gathers import LAYER_COPIES, divided_bytes, part_sizes
+from orpo_lite.planning.gathers import LAYER_COPIES, largest_layer, part_sizes
 from orpo_lite.planning.gpus import GPUS, Gpu, allowances
 from orpo_lite.planning.measure import (
     MetaModels,
@@ -201,8 +201,8 @@ class Planner:
         embedding = 0 if tied else storage_bytes(model.causal.get_input_embeddings().weight)
         gathered = 0
         if on_device.memory.shards > 1:
-            largest = max((divided_bytes(layer, 1) for layer in model.layers), default=0)
-            gathered = LAYER_COPIES * largest  # at most: fewer may exist at the peak of a step
+            # At most: fewer may exist at the peak of a step.
+            gathered = LAYER_COPIES * largest_layer(model)
         loading = loading_bytes(model, resident, on_device.memory.shards)
         return sum(resident.values()) + gathered, embedding, loading
 

@@ -282,12 +282,12 @@ def gradients_of_processes(folder: str) -> None:
     saved |= {loss: of_objective(loss, processes) for loss in OBJECTIVES}
     saved["evaluation"] = evaluation(model, processes)
     saved |= of_shared_base(folder, processes)
-    saved["other tokens"] = refusals_of_other_tokens(processes)
+    saved["other inputs"] = refusals_of_other_inputs(processes)
     if processes.is_main:
         torch.save(saved, f"{folder}/gradients.pt")
 
 
-def refusals_of_other_tokens(processes: Processes) -> list[str]:
+def refusals_of_other_inputs(processes: Processes) -> list[str]:
     """What the first process says of the same tokens, other tokens, other held-out rows and recipes."""
     said = []
     for digest, rows in (("a", 3), (f"{processes.rank}", 3), ("a", 3 + processes.rank)):
@@ -405,7 +405,7 @@ def test_two_processes_give_the_gradient_of_one(
     assert saved["share of the base"] == 0.5
     different = "the processes have different tokens"
     another = "a process on another machine has another recipe"
-    assert saved["other tokens"] == ["", different, different, "", another]
+    assert saved["other inputs"] == ["", different, different, "", another]
     metrics, scores = saved["evaluation"]
     expected_metrics, expected_scores = evaluation(model, Processes(cpu=True))
     assert metrics == pytest.approx(expected_metrics, rel=1e-6)
